@@ -1,0 +1,52 @@
+"""Everything fastattr raises on purpose.
+
+FastattrError
+|-- InputError (ValueError)          an argument is wrong
+|   |-- ImageError                   an image cannot be read or used
+|   |-- TokenLayoutError             positions, grids and token ids do not fit together
+|   |-- StatesError                  hidden states or output embeddings are unusable
+|   |-- PhraseError (KeyError)       a phrase is not in the response
+|   `-- ScaleError                   the image cannot be shown to the model at this scale
+|-- UnsupportedModelError            the model's form is not one fastattr can explain
+`-- SaveError (OSError)              a result cannot be written or read
+"""
+
+from __future__ import annotations
+
+
+class FastattrError(Exception):
+    """Root of all errors of this package."""
+
+
+class InputError(FastattrError, ValueError):
+    """An argument is wrong."""
+
+
+class ImageError(InputError):
+    """An image cannot be read or used."""
+
+
+class TokenLayoutError(InputError):
+    """Positions, grids and token ids do not fit together."""
+
+
+class StatesError(InputError):
+    """Hidden states or output embeddings are unusable."""
+
+
+class PhraseError(InputError, KeyError):
+    """A phrase is not in the response."""
+
+    __str__ = Exception.__str__  # KeyError would show the message as a quoted key
+
+
+class UnsupportedModelError(FastattrError):
+    """The model's form is not one fastattr can explain."""
+
+
+class ScaleError(InputError):
+    """The image cannot be shown to the model at this scale."""
+
+
+class SaveError(FastattrError, OSError):
+    """A result cannot be written or read."""

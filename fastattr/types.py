@@ -1,0 +1,382 @@
+"""The frozen values that flow through fastattr, from token layout to finished attribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastattr.errors import InputError, TokenLayoutError
+
+if TYPE_CHECKING:
+    from fastattr.selection import Selection
+
+Method = Literal["lens", "tam", "arc"]
+Grid = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+
+WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
+MAX_SCALE = 8.0
+
+
+@dataclass(frozen=True)
+class AttributionConfig:
+    """Every choice the method leaves open. Defaults follow from `benchmarks/results/ablation.jsonl`.
+
+    Attributes:
+        method: `lens` (activation alone), `tam` (interference weighted by activation) or `arc`
+            (interference weighted by how differently a context token predicts).
+        scales: image sizes relative to the model's own; several of them make it MSEA.
+        scale_weights: one weight a scale; equal when None.
+        decision_weight: weight each scale, per target, by how far the model still says the target there.
+        aggregate: sum the scales `before` or `after` interference is removed.
+        top_k: depth of the rankings compared (ARC).
+        rbo_p: persistence of the rank-biased overlap; larger looks deeper (ARC).
+        arc_weight: `product` is activation times `1 - relevance`; `relevance` is `1 - relevance` alone.
+        context: which earlier tokens may count as interference.
+        layer: -1 is the last; another one is read through the final norm.
+        filter: apply the rank-Gaussian filter.
+        evidence: run one more forward with the image blanked.
+        compat: `"tam"` reproduces the reference TAM with its quirks.
+    """
+
+    method: Method = "arc"
+    scales: tuple[float, ...] = (1.0, 1.5, 2.0)
+    scale_weights: tuple[float, ...] | None = None
+    decision_weight: bool = False
+    aggregate: Literal["before", "after"] = "before"
+    top_k: int = 50
+    rbo_p: float = 0.9
+    arc_weight: Literal["product", "relevance"] = "product"
+    context: Literal["all", "prompt", "response"] = "all"
+    layer: int = -1
+    filter: bool = True
+    evidence: bool = True
+    compat: Literal["tam"] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(float(s) for s in self.scales))
+        if self.scale_weights is not None:
+            object.__setattr__(self, "scale_weights", tuple(float(w) for w in self.scale_weights))
+        for name, allowed in (
+            ("method", get_args(Method)),
+            ("aggregate", ("before", "after")),
+            ("arc_weight", ("product", "relevance")),
+            ("context", ("all", "prompt", "response")),
+            ("compat", (None, "tam")),
+        ):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(repr(value) for value in allowed)
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
+        self._check_scales()
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
+            raise InputError(f"top_k is {self.top_k!r}, expected a whole number of at least 1")
+        if not 0.0 < self.rbo_p < 1.0:
+            raise InputError(f"rbo_p is {self.rbo_p!r}, expected a number between 0 and 1, both excluded")
+        if self.compat == "tam" and (self.method != "tam" or len(self.scales) != 1 or self.context != "all"):
+            raise InputError(
+                f"compat='tam' reproduces one-scale TAM, but method is {self.method!r}, scales are {self.scales} and "
+                f"context is {self.context!r}; use method='tam', scales=(1.0,), context='all'"
+            )
+
+    def _check_scales(self) -> None:
+        if not self.scales:
+            raise InputError("scales is empty, expected at least one number, for example (1.0,)")
+        for scale in self.scales:
+            if not math.isfinite(scale) or not 0.0 < scale <= MAX_SCALE:
+                raise InputError(f"scales holds {scale}, expected numbers above 0 and at most {MAX_SCALE:g}")
+        if len(set(self.scales)) != len(self.scales):
+            raise InputError(f"scales {self.scales} holds a number twice, expected distinct scales")
+        weights = self.scale_weights
+        if weights is None:
+            return
+        if len(weights) != len(self.scales):
+            raise InputError(
+                f"scale_weights holds {len(weights)} numbers for {len(self.scales)} scales, expected one each"
+            )
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
+            raise InputError(f"scale_weights is {weights}, expected numbers of at least 0 with a positive sum")
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """The tokens of one image or video.
+
+    Attributes:
+        positions: where they stand in `input_ids`, in row-major order of `grid`.
+        grid: `(t, h, w)`; `t` is 1 for an image.
+        extent: the part of the picture the grid covers, `(left, top, right, bottom)` as shares of its
+            width and height; less than everything where a processor crops.
+    """
+
+    positions: tuple[int, ...]
+    grid: Grid
+    extent: Box = WHOLE_IMAGE
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or any(side < 1 for side in self.grid):
+            raise TokenLayoutError(
+                f"an image group has grid {self.grid}, expected three numbers (t, h, w) of at least 1"
+            )
+        expected = math.prod(self.grid)
+        if len(self.positions) != expected:
+            t, h, w = self.grid
+            raise TokenLayoutError(
+                f"an image group holds {len(self.positions)} positions but its grid (t, h, w) = ({t}, {h}, {w}) "
+                f"needs {expected}"
+            )
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which positions of `input_ids` are image, user text and response.
+
+    Positions that are none of these (chat template, special tokens) take no part in the method.
+
+    Attributes:
+        images: one group per image or video, in reading order.
+        prompt: positions of user text, ascending.
+        response: half-open range `(start, stop)` of the response; it ends the sequence.
+    """
+
+    images: tuple[ImageGroup, ...]
+    prompt: tuple[int, ...]
+    response: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        start, stop = self.response
+        if not self.images:
+            raise TokenLayoutError("the layout has no image group, expected at least one: there is nothing to map onto")
+        if start < 1 or stop <= start:
+            raise TokenLayoutError(
+                f"the response spans ({start}, {stop}), expected start >= 1 and stop > start: "
+                "its first token is predicted at the position before it"
+            )
+        taken: set[int] = set()
+        for name, positions in [("image", g.positions) for g in self.images] + [("prompt", self.prompt)]:
+            for position in positions:
+                if not 0 <= position < start:
+                    raise TokenLayoutError(
+                        f"{name} position {position} lies outside the prefill 0..{start - 1}; the response spans "
+                        f"({start}, {stop})"
+                    )
+                if position in taken:
+                    raise TokenLayoutError(
+                        f"position {position} is claimed twice, expected disjoint image and prompt positions"
+                    )
+                taken.add(position)
+        if list(self.prompt) != sorted(self.prompt):
+            raise TokenLayoutError(f"prompt positions {self.prompt} are not ascending")
+
+    @classmethod
+    def from_spans(
+        cls,
+        *,
+        images: Iterable[tuple[int, int, Grid]],
+        prompt: Iterable[tuple[int, int]],
+        response: tuple[int, int],
+    ) -> TokenLayout:
+        """Build a layout from half-open spans.
+
+        >>> TokenLayout.from_spans(images=[(1, 7, (1, 2, 3))], prompt=[(7, 9)], response=(9, 12)).n_image
+        6
+        """
+        groups = tuple(ImageGroup(tuple(range(start, stop)), grid) for start, stop, grid in images)
+        positions = tuple(position for start, stop in prompt for position in range(start, stop))
+        return cls(groups, positions, (int(response[0]), int(response[1])))
+
+    @property
+    def n_targets(self) -> int:
+        return self.response[1] - self.response[0]
+
+    @property
+    def n_image(self) -> int:
+        return sum(len(group.positions) for group in self.images)
+
+    @property
+    def image_positions(self) -> tuple[int, ...]:
+        return tuple(position for group in self.images for position in group.positions)
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """Positions in `input_ids` of the context tokens: user text, then the response."""
+        return (*self.prompt, *range(*self.response))
+
+    @property
+    def context_predictors(self) -> tuple[int, ...]:
+        """Where each context token is read: its own position for user text, the predicting one for the response."""
+        return (*self.prompt, *self.predictors)
+
+    @property
+    def predictors(self) -> tuple[int, ...]:
+        """The position that predicts each response token."""
+        return tuple(range(self.response[0] - 1, self.response[1] - 1))
+
+    def causal(self) -> Tensor:
+        """bool `[target context]`: whether the context token stands before the target."""
+        order = torch.arange(len(self.prompt) + self.n_targets)
+        return order < (len(self.prompt) + torch.arange(self.n_targets))[:, None]
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns a hidden state into logits: `softcap * tanh(logit_scale * (h @ weight.T + bias) / softcap)`.
+
+    Attributes:
+        weight: `[vocab dim]`, the output embeddings.
+        bias: `[vocab]` or None.
+        valid_vocab: ids from here on are padding; None when all are real.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    valid_vocab: int | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0] if self.valid_vocab is None else self.valid_vocab
+
+
+@dataclass(frozen=True)
+class ScaleStates:
+    """One teacher-forced reading of prompt and response at one image scale.
+
+    Attributes:
+        hidden_states: `[seq dim]` with `seq >= response stop - 1`, exactly what the output head consumes.
+        input_ids: int `[seq]`.
+    """
+
+    hidden_states: Tensor
+    input_ids: Tensor
+    layout: TokenLayout
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenMaps:
+    """What the method makes of states: everything about the targets that needs no text.
+
+    Attributes:
+        image: for each image `[target t h w]` in [0, 1].
+        context: `[target context]` in [0, 1] on the same scale; 0 where the token is not before the target.
+        relevance: `[target context]` in [0, 1], rank-biased overlap (ARC only, else None).
+        log_prob: `[target]` in nats, at the scale nearest to 1.
+        agreement: `[target scale]`, probability of the target relative to the scale nearest to 1.
+        raw_range: `[target 2]`, minimum and maximum before normalisation.
+        residual: `[target]`, share of the activation's norm that interference removal left.
+        degenerate: bool `[target]`, whether all scores were equal, so that the map is all zero.
+    """
+
+    image: tuple[Tensor, ...]
+    context: Tensor
+    relevance: Tensor | None
+    log_prob: Tensor
+    agreement: Tensor
+    raw_range: Tensor
+    residual: Tensor
+    degenerate: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Why each token of a response was said. Immutable, on the CPU, self-contained.
+
+    `T` targets are the response tokens; the context is the user's text followed by the response.
+
+    Attributes:
+        response: the text; `spans[i]` are the characters of `tokens[i]` in it.
+        image: one `[target t h w]` in [0, 1] per image or video.
+        context: `[target context]` in [0, 1], jointly normalised with `image`.
+        relevance: `[target context]` (ARC) or None.
+        evidence: `[target]` nats, `log p(token | image) - log p(token | image blanked)`, or None.
+        log_prob, agreement, raw_range, residual, degenerate: see `TokenMaps`.
+        grids: for each scale and image the `(t, h, w)` that was read.
+        extents: for each image the part its grid covers, see `ImageGroup.extent`.
+        pictures: uint8 `[t height width 3]` for display, possibly smaller than the source.
+        picture_sizes: `(height, width)` of the sources in pixels; boxes are in these pixels.
+        source: `replay`, `capture` or `states`.
+        notes: what a careful reader should know about this result.
+    """
+
+    response: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    context_tokens: tuple[str, ...]
+    image: tuple[Tensor, ...]
+    context: Tensor
+    relevance: Tensor | None
+    evidence: Tensor | None
+    log_prob: Tensor
+    agreement: Tensor
+    raw_range: Tensor
+    residual: Tensor
+    degenerate: Tensor
+    config: AttributionConfig
+    grids: tuple[tuple[Grid, ...], ...]
+    extents: tuple[Box, ...]
+    pictures: tuple[np.ndarray, ...] = ()
+    picture_sizes: tuple[tuple[int, int], ...] = ()
+    prompt: str = ""
+    model: str = ""
+    source: str = "states"
+    notes: tuple[str, ...] = ()
+    versions: tuple[tuple[str, str], ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join("x".join(map(str, m.shape[1:])) for m in self.image)
+        text = self.response if len(self.response) <= 60 else self.response[:57] + "..."
+        return f"Attribution({text!r}, {len(self)} tokens, {self.config.method} at scales {self.config.scales}, maps {shapes})"
+
+    def __getitem__(self, phrase: str) -> Selection:
+        """Select every occurrence of a word or phrase. Raises `PhraseError` if there is none."""
+        from fastattr.selection import select_phrase
+
+        return select_phrase(self, phrase)
+
+    def find(self, pattern: str) -> Selection:
+        """Select every match of a regular expression. Raises `PhraseError` if there is none."""
+        from fastattr.selection import select_pattern
+
+        return select_pattern(self, pattern)
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to one safetensors file, whole or not at all. Raises `SaveError`."""
+        from fastattr.storage import save
+
+        return save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read what `save` wrote. Raises `SaveError`."""
+        from fastattr.storage import load
+
+        return load(path)
+
+    def to_html(self, path: str | Path, *, others: Sequence[Attribution] = ()) -> Path:
+        """Write the interactive report; `others` are the same response by other methods or scales. Raises `SaveError`."""
+        from fastattr.report import write_html
+
+        return write_html((self, *others), path)
+
+    def to_png(self, path: str | Path) -> Path:
+        """Write a grid of overlays, one a token. Raises `SaveError`."""
+        from fastattr.report import write_png
+
+        return write_png(self, path)
+
+    def _repr_html_(self) -> str:
+        from fastattr.report import notebook_html
+
+        return notebook_html((self,))
