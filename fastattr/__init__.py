@@ -1,0 +1,62 @@
+"""Why a multimodal LLM said each word: a heatmap, the context, and whether it was seen or made up.
+
+>>> import fastattr
+>>> model = fastattr.load("shapes")
+>>> why = fastattr.attribute(model, "picture.png", "Describe the image.")
+>>> why["red circle"].box, why["red circle"].score
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastattr.errors import (
+    FastattrError,
+    ImageError,
+    InputError,
+    PhraseError,
+    SaveError,
+    ScaleError,
+    StatesError,
+    TokenLayoutError,
+    UnsupportedModelError,
+)
+from fastattr.pipeline import attribute, attribute_states
+from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout
+
+if TYPE_CHECKING:
+    from fastattr.adapters import Model, capture, load, wrap
+
+__all__ = [
+    "Attribution",
+    "AttributionConfig",
+    "FastattrError",
+    "ImageError",
+    "ImageGroup",
+    "InputError",
+    "Model",
+    "OutputHead",
+    "PhraseError",
+    "SaveError",
+    "ScaleError",
+    "StatesError",
+    "TokenLayout",
+    "TokenLayoutError",
+    "UnsupportedModelError",
+    "attribute",
+    "attribute_states",
+    "capture",
+    "load",
+    "wrap",
+]
+
+_FROM_ADAPTERS = ("Model", "capture", "load", "wrap")
+
+
+def __getattr__(name: str) -> object:
+    # models need transformers, which takes seconds to import: only when they are asked for
+    if name in _FROM_ADAPTERS:
+        from fastattr import adapters
+
+        return getattr(adapters, name)
+    raise AttributeError(f"module 'fastattr' has no attribute {name!r}")

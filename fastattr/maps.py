@@ -1,0 +1,177 @@
+"""Token activation maps and their joint normalisation. Pure functions of tensors and layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastattr import ops
+from fastattr.errors import InputError, StatesError, TokenLayoutError
+from fastattr.types import OutputHead, ScaleStates
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one scale's states say about every target (TAM, section 3.1).
+
+    Attributes:
+        image: `[target image]`, the target's class at each image position.
+        context_image: `[context image]`, each context token's own class at each image position.
+        scores: `[target context]`, the target's class where the context token stands.
+    """
+
+    image: Tensor
+    context_image: Tensor
+    scores: Tensor
+
+
+def activations(states: ScaleStates, head: OutputHead) -> Activations:
+    """Read the logit lens of all targets and all context tokens at once. Only rows of ids that occur are used."""
+    layout = states.layout
+    hidden = states.hidden_states
+    context_ids = states.input_ids[_index(layout.context, hidden)]
+    n_prompt = len(layout.prompt)
+
+    # response tokens are context tokens too: their rows are the last ones
+    context_image = class_activations(hidden[_index(layout.image_positions, hidden)], head, context_ids)
+    context_states = hidden[_index(layout.context_predictors, hidden)]
+    scores = class_activations(context_states, head, context_ids[n_prompt:])
+    return Activations(context_image[n_prompt:], context_image, scores)
+
+
+def class_activations(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> Tensor:
+    """`relu(logit)` of classes `ids [target]` at `hidden_states [position dim]`: `[target position]`."""
+    bias = None if head.bias is None else head.bias[ids]
+    return ops.lens(hidden_states, head.weight[ids], bias, logit_scale=head.logit_scale, softcap=head.softcap)
+
+
+def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
+    """Log-probability (nats) of every target where it was predicted, `[target]`."""
+    hidden = states.hidden_states
+    start, stop = states.layout.response
+    return ops.lm_head_log_prob(
+        hidden[_index(states.layout.predictors, hidden)],
+        head.weight,
+        states.input_ids[start:stop],
+        head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        valid_vocab=head.valid_vocab,
+    )
+
+
+def same_id(states: ScaleStates) -> Tensor:
+    """bool `[target context]`: whether the context token has the target's id."""
+    ids = states.input_ids[_index(states.layout.context, states.input_ids)]
+    return ids[len(states.layout.prompt) :, None] == ids[None, :]
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Jointly normalised scores of every target.
+
+    Attributes:
+        image: for each image `[target t h w]` in [0, 1].
+        context: `[target context]` in [0, 1].
+        raw_range: `[target 2]`.
+        degenerate: bool `[target]`.
+    """
+
+    image: tuple[Tensor, ...]
+    context: Tensor
+    raw_range: Tensor
+    degenerate: Tensor
+
+
+def normalise_jointly(image: Sequence[Tensor], scores: Tensor, counted: Tensor) -> Normalised:
+    """Min-max over the image and context scores of one target together (TAM, section 3.3).
+
+    A function word that looks at nothing then stays dark. All-equal scores give zeros and are flagged.
+
+    Args:
+        image: for each image `[target t h w]`.
+        scores: `[target context]`.
+        counted: bool `[target context]`, the scores that take part; the others come out as 0.
+    """
+    flat = torch.cat([maps.flatten(1) for maps in image], dim=1)
+    low = torch.minimum(flat.amin(1), _masked(scores, counted, math.inf).amin(1))
+    high = torch.maximum(flat.amax(1), _masked(scores, counted, -math.inf).amax(1))
+    degenerate = high <= low
+    width = torch.where(degenerate, 1.0, high - low)
+
+    def unit(values: Tensor) -> Tensor:
+        shape = (-1,) + (1,) * (values.ndim - 1)
+        scaled = (values - low.view(shape)) / width.view(shape)
+        return torch.where(degenerate.view(shape), 0.0, scaled).clamp_(0.0, 1.0)
+
+    return Normalised(
+        image=tuple(unit(maps) for maps in image),
+        context=torch.where(counted, unit(scores), 0.0),
+        raw_range=torch.stack([low, high], dim=1),
+        degenerate=degenerate,
+    )
+
+
+def _masked(scores: Tensor, counted: Tensor, fill: float) -> Tensor:
+    # one more column, so that a target without any context still has something to reduce over
+    masked = torch.where(counted, scores, fill)
+    return torch.cat([masked, masked.new_full((len(masked), 1), fill)], dim=1)
+
+
+def check_states(states: ScaleStates, head: OutputHead) -> None:
+    """Refuse anything that would give a wrong map.
+
+    Raises:
+        StatesError: shapes, devices or values of states and output embeddings are unusable.
+        TokenLayoutError: the layout does not fit `input_ids`.
+        InputError: ids outside the vocabulary.
+    """
+    hidden, ids, layout = states.hidden_states, states.input_ids, states.layout
+    at = f" at scale {states.scale:g}"
+    if hidden.ndim != 2 or not hidden.is_floating_point():
+        raise StatesError(
+            f"hidden_states{at} is {hidden.dtype} {list(hidden.shape)}, expected floating point [seq dim]"
+        )
+    if head.weight.ndim != 2 or head.weight.shape[1] != hidden.shape[1]:
+        raise StatesError(
+            f"output_embeddings is {list(head.weight.shape)}, expected [vocab {hidden.shape[1]}] "
+            f"to fit hidden_states {list(hidden.shape)}"
+        )
+    if not (hidden.device == head.weight.device == ids.device):
+        raise StatesError(
+            f"hidden_states{at} is on {hidden.device}, input_ids on {ids.device} and output_embeddings on "
+            f"{head.weight.device}; move them to one device"
+        )
+    if ids.ndim != 1 or ids.is_floating_point():
+        raise TokenLayoutError(f"input_ids{at} is {ids.dtype} {list(ids.shape)}, expected whole numbers [seq]")
+    start, stop = layout.response
+    if len(ids) != stop:
+        raise TokenLayoutError(
+            f"input_ids{at} holds {len(ids)} tokens but the layout's response spans ({start}, {stop}) and must end the sequence"
+        )
+    if len(hidden) not in (stop - 1, stop):
+        raise StatesError(
+            f"hidden_states{at} holds {len(hidden)} positions, expected {stop - 1} (or {stop}) for {stop} input_ids: "
+            "the last token of the response is never fed back"
+        )
+    used = ids[_index(layout.context, ids)]
+    if int(used.min()) < 0 or int(used.max()) >= head.vocab:
+        wrong = sorted({int(i) for i in used.tolist() if not 0 <= i < head.vocab})
+        raise InputError(
+            f"input_ids{at} holds ids {wrong[:5]}, expected 0 to {head.vocab - 1}, the rows of the output embeddings"
+        )
+    read = hidden[_index((*layout.image_positions, *layout.context_predictors), hidden)]
+    if not bool(torch.isfinite(read).all()):
+        bad = int((~torch.isfinite(read)).any(dim=1).sum())
+        raise StatesError(
+            f"hidden_states{at} holds NaN or Inf at {bad} of {len(read)} positions that are read; "
+            "run the model in bfloat16 or float32 rather than float16"
+        )
+
+
+def _index(positions: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(positions, dtype=torch.long, device=like.device)

@@ -1,0 +1,86 @@
+"""Multi-scale explanation aggregation (MSEA, arXiv 2509.22415, section 3.2): many scales, one grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastattr import ops
+from fastattr.errors import TokenLayoutError
+from fastattr.types import AttributionConfig, Grid, TokenLayout
+
+
+def base_scale(scales: Sequence[float]) -> int:
+    """Index of the scale nearest to 1: the model as it is used."""
+    return min(range(len(scales)), key=lambda s: abs(math.log(scales[s])))
+
+
+def common_grids(layouts: Sequence[TokenLayout]) -> tuple[Grid, ...]:
+    """For each image the finest grid among the scales.
+
+    Raises:
+        TokenLayoutError: when the scales disagree about images, frames or the response's length.
+    """
+    first = layouts[0]
+    for layout in layouts[1:]:
+        if len(layout.images) != len(first.images) or any(
+            ours.grid[0] != theirs.grid[0] for ours, theirs in zip(layout.images, first.images, strict=True)
+        ):
+            frames = [[group.grid[0] for group in each.images] for each in (first, layout)]
+            raise TokenLayoutError(
+                f"two scales hold images with {frames[0]} and {frames[1]} frames, expected the same at every scale"
+            )
+        if layout.n_targets != first.n_targets or len(layout.prompt) != len(first.prompt):
+            raise TokenLayoutError(
+                f"two scales hold {first.n_targets} and {layout.n_targets} response tokens, {len(first.prompt)} and "
+                f"{len(layout.prompt)} prompt tokens, expected the same text at every scale"
+            )
+    return tuple(
+        max((layout.images[image].grid for layout in layouts), key=lambda grid: grid[1] * grid[2])
+        for image in range(len(first.images))
+    )
+
+
+def scale_weights(agreement: Tensor, config: AttributionConfig) -> Tensor:
+    """Weights of the scales, `[target scale]`, each row summing to one.
+
+    With `decision_weight` a scale counts, for each target, by how far the model makes the same decision
+    there: its probability of the target relative to the base scale's, at most 1.
+    """
+    given = config.scale_weights or (1.0,) * agreement.shape[1]
+    weights = torch.tensor(given, device=agreement.device).expand_as(agreement)
+    if config.decision_weight:
+        weights = weights * agreement.clamp(max=1.0)
+    total = weights.sum(dim=1, keepdim=True)
+    # a target that no weighted scale agrees on falls back to the weights as given
+    plain = torch.tensor(given, device=agreement.device) / sum(given)
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), plain)
+
+
+def split_images(flat: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
+    """`[target image]` of all images side by side to one `[target t h w]` for each."""
+    sizes = [len(group.positions) for group in layout.images]
+    parts = flat.split(sizes, dim=1)
+    return tuple(part.unflatten(1, group.grid) for part, group in zip(parts, layout.images, strict=True))
+
+
+def aggregate(
+    flat_maps: Sequence[Tensor], layouts: Sequence[TokenLayout], weights: Tensor, grids: Sequence[Grid]
+) -> tuple[Tensor, ...]:
+    """Bring the maps of every scale to the common grid of each image and sum them.
+
+    Args:
+        flat_maps: for each scale `[target image]`.
+        weights: `[target scale]`.
+        grids: for each image `(t, h, w)`.
+
+    Returns:
+        for each image `[target t h w]`.
+    """
+    split = [split_images(flat, layout) for flat, layout in zip(flat_maps, layouts, strict=True)]
+    return tuple(
+        ops.multiscale([maps[image] for maps in split], weights, (grid[1], grid[2])) for image, grid in enumerate(grids)
+    )

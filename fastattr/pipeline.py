@@ -1,0 +1,326 @@
+"""The path of one datum, top to bottom: images, prompt and response in, `Attribution` out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastattr.errors import InputError
+from fastattr.images import ImageLike, Visual, read_visuals
+from fastattr.maps import log_probs
+from fastattr.method import explain_states
+from fastattr.msea import base_scale
+from fastattr.text import Decode, decode_tokens, show_ids
+from fastattr.types import Attribution, AttributionConfig, Method, OutputHead, ScaleStates, TokenLayout, TokenMaps
+
+if TYPE_CHECKING:
+    from fastattr.adapters import CapturedStates, Model
+
+logger = logging.getLogger("fastattr")
+
+LOW_AGREEMENT = 0.1
+
+
+def attribute(
+    model: Model,
+    image: ImageLike | Sequence[ImageLike],
+    prompt: str,
+    response: str | Sequence[int] | Tensor | None = None,
+    *,
+    method: Method = "arc",
+    scales: Sequence[float] = (1.0, 1.5, 2.0),
+    scale_weights: Sequence[float] | None = None,
+    decision_weight: bool = False,
+    aggregate: Literal["before", "after"] = "before",
+    top_k: int = 50,
+    rbo_p: float = 0.9,
+    arc_weight: Literal["product", "relevance"] = "product",
+    context: Literal["all", "prompt", "response"] = "all",
+    layer: int = -1,
+    filter: bool = True,
+    evidence: bool = True,
+    max_new_tokens: int = 256,
+) -> Attribution:
+    """Explain every token of a response: where in the images, from which words, seen or made up.
+
+    Args:
+        model: from `load` or `wrap`.
+        image: a path, PIL image, array or encoded bytes; a list of them for several images; a list
+            that holds lists of frames for videos. URLs are not fetched.
+        prompt: the user's text.
+        response: text, or token ids that are never re-tokenised; None lets the model answer (greedy,
+            at most `max_new_tokens`).
+        method, scales, ...: see `AttributionConfig`, which documents every option and its default.
+
+    Returns:
+        one map per response token and image, on the CPU.
+
+    Raises:
+        ImageError, InputError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError.
+    """
+    config = AttributionConfig(
+        method=method,
+        scales=tuple(scales),
+        scale_weights=None if scale_weights is None else tuple(scale_weights),
+        decision_weight=decision_weight,
+        aggregate=aggregate,
+        top_k=top_k,
+        rbo_p=rbo_p,
+        arc_weight=arc_weight,
+        context=context,
+        layer=layer,
+        filter=filter,
+        evidence=evidence,
+    )
+    from fastattr import adapters
+
+    visuals = read_visuals(image)
+    encoded = [adapters.encode(model, visuals, prompt, scale=scale) for scale in config.scales]
+    if response is None:
+        plain = (
+            adapters.encode(model, visuals, prompt) if 1.0 not in config.scales else encoded[config.scales.index(1.0)]
+        )
+        response_ids = adapters.generate(model, plain, max_new_tokens=max_new_tokens)
+    else:
+        response_ids = adapters.encode_response(model, response)
+
+    readings = [adapters.replay(model, each, response_ids, layer=layer) for each in encoded]
+    maps = explain_states(readings, model.head, config)
+    seen = _evidence(model, visuals, prompt, response_ids, config, maps) if evidence else None
+    return _finish(
+        maps,
+        readings,
+        config,
+        decode=model.decode,
+        evidence=seen,
+        visuals=visuals,
+        prompt=prompt,
+        model=model.name,
+        source="replay",
+        notes=_notes(maps, config, visuals),
+    )
+
+
+def attribute_states(
+    hidden_states: Tensor | Sequence[Tensor],
+    output_embeddings: Tensor | OutputHead,
+    input_ids: Tensor | Sequence[Tensor],
+    layout: TokenLayout | Sequence[TokenLayout],
+    *,
+    method: Method = "tam",
+    compat: Literal["tam"] | None = None,
+    scales: Sequence[float] = (1.0,),
+    scale_weights: Sequence[float] | None = None,
+    decision_weight: bool = False,
+    aggregate: Literal["before", "after"] = "before",
+    top_k: int = 50,
+    rbo_p: float = 0.9,
+    arc_weight: Literal["product", "relevance"] = "product",
+    context: Literal["all", "prompt", "response"] = "all",
+    filter: bool = True,
+    tokenizer: Any = None,
+    image: ImageLike | Sequence[ImageLike] | None = None,
+) -> Attribution:
+    """Explain from the tensors of any engine.
+
+    Args:
+        hidden_states: `[seq - 1 dim]` (or `[seq dim]`), last layer after the final norm, exactly what the
+            output head consumes; one for each scale where there are several.
+        output_embeddings: `[vocab dim]`, or an `OutputHead` with bias, scale and soft-cap.
+        input_ids: int `[seq]`, prompt then response; one for each scale.
+        layout: which positions are what; one for each scale.
+        compat: `"tam"` reproduces the reference implementation with its quirks.
+        tokenizer: for token texts; ids are shown without one.
+        image: pictures for overlays; maps are the same without them.
+
+    Raises:
+        StatesError, TokenLayoutError, InputError: something does not fit; the message says what.
+    """
+    config = AttributionConfig(
+        method=method,
+        compat=compat,
+        scales=tuple(scales),
+        scale_weights=None if scale_weights is None else tuple(scale_weights),
+        decision_weight=decision_weight,
+        aggregate=aggregate,
+        top_k=top_k,
+        rbo_p=rbo_p,
+        arc_weight=arc_weight,
+        context=context,
+        filter=filter,
+        evidence=False,
+    )
+    every = [_as_list(value) for value in (hidden_states, input_ids, layout)]
+    if {len(each) for each in every} != {len(config.scales)}:
+        raise InputError(
+            f"got {len(every[0])} hidden_states, {len(every[1])} input_ids and {len(every[2])} layouts for "
+            f"{len(config.scales)} scales {config.scales}, expected one of each a scale"
+        )
+    readings = [ScaleStates(h, i, la, s) for h, i, la, s in zip(*every, config.scales, strict=True)]
+    head = output_embeddings if isinstance(output_embeddings, OutputHead) else OutputHead(output_embeddings)
+    maps = explain_states(readings, head, config)
+    visuals = () if image is None else read_visuals(image)
+    if visuals and len(visuals) != len(maps.image):
+        raise InputError(
+            f"got {len(visuals)} images for a layout with {len(maps.image)} image groups, expected one each"
+        )
+    decode = show_ids if tokenizer is None else tokenizer.batch_decode
+    return _finish(
+        maps, readings, config, decode=decode, visuals=visuals, source="states", notes=_notes(maps, config, visuals)
+    )
+
+
+def attribute_captured(
+    states: CapturedStates,
+    out: Any,
+    *,
+    image: ImageLike | Sequence[ImageLike] | None = None,
+    prompt: str | None = None,
+    method: Method = "arc",
+    top_k: int = 50,
+    rbo_p: float = 0.9,
+    arc_weight: Literal["product", "relevance"] = "product",
+    context: Literal["all", "prompt", "response"] = "all",
+    filter: bool = True,
+) -> Attribution:
+    """Explain what a captured `generate` returned, at the one scale the model saw, without another forward.
+
+    For several scales or evidence, call `attribute` with the image, the prompt and the response ids.
+
+    Args:
+        states: from `capture`.
+        out: the sequence `[1 seq]` or the output object of `generate`.
+        image: pictures for overlays.
+        prompt: the user's text, to tell it from the chat template.
+
+    Raises:
+        InputError: nothing was captured, or `out` holds several sequences.
+        TokenLayoutError: the captured inputs do not fit the model's grids.
+    """
+    from fastattr.adapters import captured_reading
+
+    config = AttributionConfig(
+        method=method,
+        scales=(1.0,),
+        top_k=top_k,
+        rbo_p=rbo_p,
+        arc_weight=arc_weight,
+        context=context,
+        filter=filter,
+        evidence=False,
+    )
+    visuals = () if image is None else read_visuals(image)
+    reading, source = captured_reading(states, out, visuals=visuals, prompt=prompt)
+    maps = explain_states([reading], states.model.head, config)
+    notes = _notes(maps, config, visuals)
+    if prompt is None:
+        notes += ("the prompt was not given, so every word of the chat template counts as context",)
+    if source == "replay":
+        notes += ("the captured steps were not exactly the sequence, so its states were read again in one forward",)
+    return _finish(
+        maps,
+        [reading],
+        config,
+        decode=states.model.decode,
+        visuals=visuals,
+        prompt=prompt or "",
+        model=states.model.name,
+        source=source,
+        notes=notes,
+    )
+
+
+def read_states(
+    model: Model, images: Sequence[Visual], prompt: str, response_ids: Tensor, *, scale: float = 1.0, layer: int = -1
+) -> ScaleStates:
+    """Encode and replay once: the states of one scale and layer."""
+    from fastattr import adapters
+
+    return adapters.replay(model, adapters.encode(model, images, prompt, scale=scale), response_ids, layer=layer)
+
+
+# --- the last steps --------------------------------------------------------------------------------
+
+
+def _evidence(
+    model: Model,
+    visuals: Sequence[Visual],
+    prompt: str,
+    response_ids: Tensor,
+    config: AttributionConfig,
+    maps: TokenMaps,
+) -> Tensor:
+    """`log p(token | image) - log p(token | image blanked)` of every target, in nats: one more forward."""
+    scale = config.scales[base_scale(config.scales)]  # the scale maps.log_prob was read at
+    blanked = read_states(model, [visual.blank() for visual in visuals], prompt, response_ids, scale=scale)
+    return maps.log_prob - log_probs(blanked, model.head).cpu()
+
+
+def _finish(
+    maps: TokenMaps,
+    readings: Sequence[ScaleStates],
+    config: AttributionConfig,
+    *,
+    decode: Decode,
+    visuals: Sequence[Visual],
+    source: str,
+    notes: tuple[str, ...],
+    evidence: Tensor | None = None,
+    prompt: str = "",
+    model: str = "",
+) -> Attribution:
+    layout, ids = readings[0].layout, readings[0].input_ids.tolist()
+    start, stop = layout.response
+    response = decode_tokens(ids[start:stop], decode)
+    prompt_tokens = tuple(decode([[ids[position]] for position in layout.prompt]))
+    return Attribution(
+        response=response.text,
+        tokens=response.tokens,
+        token_ids=tuple(ids[start:stop]),
+        spans=response.spans,
+        context_tokens=prompt_tokens + response.tokens,
+        image=maps.image,
+        context=maps.context,
+        relevance=maps.relevance,
+        evidence=evidence,
+        log_prob=maps.log_prob,
+        agreement=maps.agreement,
+        raw_range=maps.raw_range,
+        residual=maps.residual,
+        degenerate=maps.degenerate,
+        config=config,
+        grids=tuple(tuple(group.grid for group in reading.layout.images) for reading in readings),
+        extents=tuple(group.extent for group in layout.images),
+        pictures=tuple(visual.display() for visual in visuals),
+        picture_sizes=tuple(visual.size for visual in visuals),
+        prompt=prompt,
+        model=model,
+        source=source,
+        notes=notes,
+        versions=(("fastattr", version("fastattr")), ("torch", torch.__version__)),
+    )
+
+
+def _notes(maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual]) -> tuple[str, ...]:
+    notes = []
+    if any(len(visual.frames) > 1 for visual in visuals):
+        notes.append("videos were shown to the model as their frames, one image each")
+    for s, scale in enumerate(config.scales):
+        low = int((maps.agreement[:, s] < LOW_AGREEMENT).sum())
+        if low:
+            notes.append(
+                f"at scale {scale:g} the model is less than {LOW_AGREEMENT:.0%} as likely to say {low} of the tokens"
+            )
+    flat = int(maps.degenerate.sum())
+    if flat:
+        notes.append(f"{flat} tokens have no map: all their scores are equal")
+    return tuple(notes)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
