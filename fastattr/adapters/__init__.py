@@ -1,0 +1,26 @@
+"""All knowledge of particular models. The only place that imports transformers.
+
+`load` and `wrap` give a `Model`; `encode` turns pictures and text into a layout; `replay` and
+`capture` read hidden states.
+"""
+
+from fastattr.adapters.encode import EncodedExample, encode, encode_response
+from fastattr.adapters.families import FAMILIES, Family
+from fastattr.adapters.model import Model, load, wrap
+from fastattr.adapters.states import CapturedStates, capture, captured_reading, generate, replay
+
+__all__ = [
+    "FAMILIES",
+    "CapturedStates",
+    "EncodedExample",
+    "Family",
+    "Model",
+    "capture",
+    "captured_reading",
+    "encode",
+    "encode_response",
+    "generate",
+    "load",
+    "replay",
+    "wrap",
+]

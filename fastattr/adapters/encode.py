@@ -1,0 +1,255 @@
+"""Pictures and text to model inputs and a token layout, at any image scale."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastattr.adapters.families import extent_of
+from fastattr.adapters.model import Model
+from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
+from fastattr.images import Visual
+from fastattr.text import decode_tokens
+from fastattr.types import Box, Grid, ImageGroup, TokenLayout
+
+MAX_IMAGE_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """A prompt ready for the model, without a response yet.
+
+    Attributes:
+        input_ids: int `[seq]`, on the model's device.
+        model_inputs: everything else the model takes, batch of one.
+        groups: image tokens, one group per image or video.
+        prompt: positions of the user's text.
+        scale: of the images, relative to what the processor does by itself.
+    """
+
+    input_ids: Tensor
+    model_inputs: Mapping[str, Tensor]
+    groups: tuple[ImageGroup, ...]
+    prompt: tuple[int, ...]
+    scale: float
+
+    def layout(self, n_response: int) -> TokenLayout:
+        """The layout once `n_response` tokens follow."""
+        start = len(self.input_ids)
+        return TokenLayout(self.groups, self.prompt, (start, start + n_response))
+
+
+def encode(model: Model, visuals: Sequence[Visual], prompt: str, *, scale: float = 1.0) -> EncodedExample:
+    """Render the chat, process the images at `scale`, and find every token's role.
+
+    A video is shown as its frames, one image each, and comes back as one group `(t, h, w)`.
+
+    Raises:
+        InputError: the prompt is empty.
+        ImageError: the processor refuses an image.
+        ScaleError: the images cannot be shown at this scale.
+        TokenLayoutError: the processor's tokens do not fit its grids.
+    """
+    if not prompt.strip():
+        raise InputError(
+            f"the prompt is {prompt!r}, expected some text: it is the context the response is read against"
+        )
+    frames = [frame for visual in visuals for frame in visual.frames]
+    content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": prompt}]
+    text = model.processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    inputs, grids = _process(model, text, frames)
+    if scale != 1.0:
+        inputs, grids = _process_scaled(model, text, frames, grids, scale)
+    input_ids = inputs.pop("input_ids")[0].to(model.device)
+    extents = [(len(visual.frames), extent_of(model.family, visual.size)) for visual in visuals]
+    groups = group_images(input_ids, model, extents, grids)
+    positions = user_text(model, prompt, input_ids)
+    inputs.pop("attention_mask", None)  # one unpadded sequence needs none
+    return EncodedExample(input_ids, {k: v.to(model.device) for k, v in inputs.items()}, groups, positions, scale)
+
+
+def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Tensor:
+    """Response ids `[target]` on the model's device. Text is tokenised without special tokens; ids are kept as they are.
+
+    Raises:
+        InputError: the response is empty or holds ids outside the vocabulary.
+    """
+    if isinstance(response, str):
+        encoded = model.processor.tokenizer(response, add_special_tokens=False)
+        ids = torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
+        if not response.strip() or len(ids) == 0:
+            raise InputError(
+                f"the response is {response!r}, expected some text; pass None to let the model generate one"
+            )
+    else:
+        ids = torch.as_tensor(response).flatten()
+        if len(ids) == 0:
+            raise InputError("the response holds no token ids; pass None to let the model generate one")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(f"the response ids are {ids.dtype}, expected whole numbers")
+        ids = ids.long()
+    vocab = model.head.weight.shape[0]
+    wrong = ids[(ids < 0) | (ids >= vocab)]
+    if len(wrong):
+        raise InputError(
+            f"the response holds ids {wrong[:5].tolist()}, expected 0 to {vocab - 1}, the model's vocabulary"
+        )
+    return ids.to(model.device)
+
+
+# --- images at a scale -----------------------------------------------------------------------------
+
+
+def _process(
+    model: Model, text: str, frames: Sequence[Image.Image], **options: Any
+) -> tuple[dict[str, Tensor], list[Grid]]:
+    """Call the processor; returns its inputs, with as many placeholders as the images have tokens, and the grids."""
+    chosen = {**(model.family.always or {}), **options}
+    bos = getattr(model.processor.tokenizer, "bos_token", None)
+    if bos and text.startswith(bos):
+        chosen["add_special_tokens"] = False  # the template has written it already
+    chosen = {name: value for name, value in chosen.items() if _accepts(model.processor, name)}
+    try:
+        produced = model.processor(text=[text], images=list(frames), return_tensors="pt", **chosen)
+    except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
+        sizes = [f"{frame.width} x {frame.height}" for frame in frames]
+        raise ImageError(
+            f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}"
+        ) from error
+    inputs = {name: value for name, value in produced.items() if isinstance(value, Tensor)}
+    grids = model.family.grids(model.config, inputs)
+    _fit_placeholders(inputs, model.image_token_id, [math.prod(grid) for grid in grids])
+    kind = model.family.token_types
+    if kind is not None:
+        inputs[kind] = (inputs["input_ids"] == model.image_token_id).long()
+    return inputs, grids
+
+
+def _accepts(processor: Any, option: str) -> bool:
+    parameters = inspect.signature(processor.__call__).parameters.values()
+    return any(p.name == option or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def _process_scaled(
+    model: Model, text: str, frames: Sequence[Image.Image], base: Sequence[Grid], scale: float
+) -> tuple[dict[str, Tensor], list[Grid]]:
+    """Show every image with `scale` times the base grid, from its own pixels, and check that it came out so."""
+    if model.family.enlarge is None:
+        raise ScaleError(
+            f"{model.name} ({model.family.name}) always uses {math.prod(base[0])} tokens an image, so scale {scale:g} cannot "
+            "be shown to it; use scales=(1.0,)"
+        )
+    cell = model.family.cell(model.config)
+    wanted = [(max(1, round(h * scale)), max(1, round(w * scale))) for _, h, w in base]
+    if sum(h * w for h, w in wanted) > MAX_IMAGE_TOKENS:
+        raise ScaleError(
+            f"scale {scale:g} needs {sum(h * w for h, w in wanted)} image tokens, expected at most {MAX_IMAGE_TOKENS}; "
+            "use a smaller scale or image"
+        )
+    resized = [_resize(frame, h * cell, w * cell, model) for frame, (h, w) in zip(frames, wanted, strict=True)]
+    size = (max(h for h, _ in wanted) * cell, max(w for _, w in wanted) * cell)
+    attempts: list[dict[str, Any]] = [{}]
+    if _accepts(model.processor, "size"):
+        attempts.append(model.family.enlarge(model.processor, size))
+    grids: list[Grid] = []
+    for options in attempts:
+        inputs, grids = _process(model, text, resized, **options)
+        if [grid[1:] for grid in grids] == wanted:
+            return inputs, grids
+    raise ScaleError(
+        f"{type(model.processor).__name__} turns images into grids {[g[1:] for g in grids]} where scale {scale:g} asks for "
+        f"{wanted}: it limits the image size; use smaller scales, or raise the limit in the processor"
+    )
+
+
+def _resize(frame: Image.Image, height: int, width: int, model: Model) -> Image.Image:
+    if model.family.crops:  # the processor resizes the shorter side and keeps the centre
+        return frame
+    return frame.resize((width, height), Image.Resampling.BICUBIC)
+
+
+# --- roles of tokens -------------------------------------------------------------------------------
+
+
+def _fit_placeholders(inputs: dict[str, Tensor], image_token_id: int, counts: Sequence[int]) -> None:
+    """Give every image as many placeholders as it has tokens, where a processor writes a fixed number."""
+    ids = inputs["input_ids"][0].tolist()
+    if ids.count(image_token_id) == sum(counts):
+        return
+    runs = [i for i, token in enumerate(ids) if token == image_token_id and (i == 0 or ids[i - 1] != image_token_id)]
+    if len(runs) != len(counts):
+        raise TokenLayoutError(
+            f"input_ids holds {ids.count(image_token_id)} image tokens (id {image_token_id}) in {len(runs)} runs but the "
+            f"images' grids need {list(counts)}"
+        )
+    fitted: list[int] = []
+    image = 0
+    for i, token in enumerate(ids):
+        if token != image_token_id:
+            fitted.append(token)
+        elif i in runs:
+            fitted += [image_token_id] * counts[image]
+            image += 1
+    inputs["input_ids"] = torch.tensor([fitted])
+
+
+def group_images(
+    input_ids: Tensor, model: Model, visuals: Sequence[tuple[int, Box]], grids: Sequence[Grid]
+) -> tuple[ImageGroup, ...]:
+    """Positions, grid and extent of every image or video.
+
+    Args:
+        input_ids: int `[seq]`.
+        visuals: number of frames and covered extent of each image or video.
+        grids: of every frame, in order.
+
+    Raises:
+        TokenLayoutError: placeholders, grids and images do not fit together.
+    """
+    positions = (input_ids == model.image_token_id).nonzero().flatten().tolist()
+    n_frames = sum(frames for frames, _ in visuals)
+    if len(grids) != n_frames:
+        raise TokenLayoutError(
+            f"{type(model.processor).__name__} made {len(grids)} grids of {n_frames} images: it cuts images into tiles, which is "
+            "not supported; turn the splitting off in the processor"
+        )
+    needed = sum(math.prod(grid) for grid in grids)
+    if len(positions) != needed:
+        raise TokenLayoutError(
+            f"input_ids holds {len(positions)} image tokens (id {model.image_token_id}) but the grids {list(grids)} need {needed}"
+        )
+    groups, frame, start = [], 0, 0
+    for frames, extent in visuals:
+        mine = grids[frame : frame + frames]
+        stop = start + sum(math.prod(grid) for grid in mine)
+        grid = (sum(t for t, _, _ in mine), mine[0][1], mine[0][2])
+        groups.append(ImageGroup(tuple(positions[start:stop]), grid, extent))
+        frame, start = frame + frames, stop
+    return tuple(groups)
+
+
+def user_text(model: Model, prompt: str, input_ids: Tensor) -> tuple[int, ...]:
+    """Positions of the tokens that write `prompt`, by the characters each token decodes to.
+
+    Raises:
+        TokenLayoutError: the prompt is not in the text, for example because the chat template rewrites it.
+    """
+    kept = (input_ids != model.image_token_id).nonzero().flatten().tolist()
+    decoded = decode_tokens(input_ids[kept].tolist(), model.decode)
+    shown = prompt.strip()
+    first = decoded.text.rfind(shown)
+    if first < 0:
+        raise TokenLayoutError(
+            f"the prompt {shown!r} is not in the text the model reads, {decoded.text!r}, so its tokens cannot be found"
+        )
+    last = first + len(shown)
+    return tuple(kept[i] for i, (start, stop) in enumerate(decoded.spans) if start < last and stop > first)

@@ -1,0 +1,126 @@
+"""`load` and `wrap`: a model, its processor and what fastattr knows of them, in one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastattr.adapters.families import Family, family_of
+from fastattr.adapters.head import read_head
+from fastattr.adapters.hooks import unwrap_peft
+from fastattr.errors import InputError, UnsupportedModelError
+from fastattr.types import OutputHead
+
+BUNDLED = {"shapes": Path(__file__).parent.parent / "demo" / "shapes"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be explained.
+
+    Attributes:
+        hf_model: the transformers model as it was given; its attention implementation is left alone.
+        processor: anything with `apply_chat_template`, `__call__`, `tokenizer` and `batch_decode`.
+        config: the model's configuration, inside any PEFT wrapper.
+        head: its output head, proven against its own logits.
+        name: for reports.
+    """
+
+    hf_model: Any
+    processor: Any
+    config: Any
+    family: Family
+    head: OutputHead
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf_model.get_input_embeddings().weight.device
+
+    @property
+    def image_token_id(self) -> int:
+        return int(self.config.image_token_id)
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of rows of ids, special tokens kept."""
+        return list(self.processor.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.family.name}, {self.head.weight.shape[0]} ids)"
+
+
+def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Model:
+    """Explain a model you already have.
+
+    Args:
+        hf_model: an image-text-to-text model of transformers, PEFT-wrapped or not, in `eval` mode.
+        processor: its processor, or any object with `apply_chat_template(messages, add_generation_prompt=...,
+            tokenize=False)`, `__call__(text=[...], images=[...], return_tensors="pt")`, `tokenizer`
+            and `batch_decode`.
+
+    Raises:
+        UnsupportedModelError: the model has a form fastattr cannot explain, or reads no images.
+        InputError: the processor lacks something.
+    """
+    missing = [
+        part
+        for part in ("apply_chat_template", "__call__", "tokenizer", "batch_decode")
+        if not hasattr(processor, part)
+    ]
+    if missing:
+        raise InputError(f"the processor {type(processor).__name__} lacks {', '.join(missing)}")
+    base = unwrap_peft(hf_model)
+    config = getattr(base, "config", None)
+    if config is None or not hasattr(base, "get_output_embeddings"):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is not a transformers model: it has no config or no output embeddings"
+        )
+    family = family_of(config)
+    if hf_model.training:
+        raise InputError(
+            f"{type(base).__name__} is in training mode, where dropout makes maps random; call .eval() first"
+        )
+    tokenizer = processor.tokenizer
+    valid_vocab = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    head = read_head(base, config, valid_vocab)
+    return Model(
+        hf_model, processor, config, family, head, name or getattr(base, "name_or_path", "") or type(base).__name__
+    )
+
+
+def load(
+    name: str | Path = "shapes", *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+) -> Model:
+    """Load the bundled model, a local directory or a hub id.
+
+    Args:
+        name: `"shapes"`, a directory written by `save_pretrained`, or a hub id.
+        device: where to put it; the CPU by default.
+        dtype: weights' dtype; `"auto"` as saved. The bundled model is read as float32.
+
+    Raises:
+        UnsupportedModelError: the model has a form fastattr cannot explain, or reads no images.
+        InputError: nothing can be loaded from `name`.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from fastattr.adapters.processors import load_processor
+
+    source = BUNDLED.get(str(name), name)
+    bundled = source is not name
+    try:
+        family_of(AutoConfig.from_pretrained(source))
+        hf_model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32 if bundled else dtype)
+        processor = load_processor(source)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no model can be loaded from {str(name)!r}, expected {', '.join(BUNDLED)}, a directory written by "
+            f"save_pretrained, or a hub id: {error}"
+        ) from error
+    hf_model = hf_model.eval()
+    return wrap(hf_model.to(device) if device is not None else hf_model, processor, name=str(name))

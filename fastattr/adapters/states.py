@@ -1,0 +1,197 @@
+"""Hidden states: one teacher-forced forward (`replay`), or read along with `generate` (`capture`)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattr.adapters.encode import EncodedExample, group_images, user_text
+from fastattr.adapters.families import extent_of
+from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
+from fastattr.adapters.model import Model
+from fastattr.errors import InputError
+from fastattr.images import Visual
+from fastattr.types import WHOLE_IMAGE, ScaleStates, TokenLayout
+
+logger = logging.getLogger("fastattr")
+
+
+@torch.no_grad()
+def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> Tensor:
+    """Greedy response ids `[target]`, without the end token.
+
+    Raises:
+        InputError: the model ends at once, so there is nothing to explain.
+    """
+    inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    sequence = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0]
+    response = sequence[len(encoded.input_ids) :]
+    ends = model.hf_model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    while len(response) and int(response[-1]) in ends:
+        response = response[:-1]
+    if len(response) == 0:
+        raise InputError(
+            f"{model.name} answers nothing to this prompt, so there is nothing to explain; pass a response"
+        )
+    return response
+
+
+@torch.no_grad()
+def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer: int = -1) -> ScaleStates:
+    """States of prompt and response from one forward that keeps a single layer and no logits but the last.
+
+    Returns:
+        `hidden_states [seq - 1, dim]`: the last response token is never fed.
+    """
+    ids = torch.cat([encoded.input_ids, response_ids])
+    hidden = _forward(
+        model.hf_model, ids[:-1], encoded.model_inputs, layer, model.family.interpolates and encoded.scale != 1.0
+    )
+    return ScaleStates(hidden, ids, encoded.layout(len(response_ids)), encoded.scale)
+
+
+def _forward(
+    hf_model: Any, fed_ids: Tensor, model_inputs: Mapping[str, Tensor], layer: int, interpolate: bool
+) -> Tensor:
+    module, norm = layer_modules(hf_model, layer)
+    inputs = {
+        # per-token inputs (token types) grow with the sequence; what follows the prompt is text
+        name: nn.functional.pad(value, (0, len(fed_ids) - value.shape[1])) if name.endswith("token_type_ids") else value
+        for name, value in model_inputs.items()
+    }
+    with record_output(module) as seen, interpolated_positions(hf_model, interpolate):
+        hf_model(input_ids=fed_ids[None], **inputs, use_cache=False, logits_to_keep=1)
+    states = seen[-1][0]
+    return states if norm is None else norm(states)
+
+
+@dataclass
+class CapturedStates:
+    """Last-layer states of one `generate` call, filled while it runs.
+
+    Attributes:
+        model: what was captured.
+        model_inputs: what the model was given besides `input_ids`.
+        prompt_length: tokens before the response.
+        fed: ids of every step, `[1 n]` each.
+        hidden: states of every step, `[1 n dim]` each.
+    """
+
+    model: Model
+    model_inputs: dict[str, Tensor] = field(default_factory=dict)
+    prompt_length: int = 0
+    fed: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+
+    def attribute(self, out: Any, **options: Any) -> Any:
+        """Explain what `generate` returned. Options as in `fastattr.attribute_captured`."""
+        from fastattr.pipeline import attribute_captured
+
+        return attribute_captured(self, out, **options)
+
+    def read(self, sequence: Tensor) -> tuple[Tensor, str]:
+        """`hidden_states [seq - 1, dim]` of `sequence [seq]`, and `capture` or `replay`.
+
+        Falls back to one forward where the captured steps are not exactly the sequence (beams,
+        assisted decoding, no cache, a hook lost to compilation).
+
+        Raises:
+            InputError: nothing was captured.
+        """
+        if not self.fed:
+            raise InputError("nothing was captured: call generate of the captured model inside the with block")
+        complete = all(each.shape[0] == 1 for each in (*self.fed, *self.hidden))
+        if complete:
+            fed, hidden = torch.cat(self.fed, dim=1)[0], torch.cat(self.hidden, dim=1)[0]
+            if len(fed) == len(hidden) == len(sequence) - 1 and torch.equal(fed, sequence[:-1]):
+                return hidden, "capture"
+        rows = sum(each.shape[0] * each.shape[1] for each in self.hidden)
+        logger.warning(
+            "captured %d states where %d are expected; reading them again in one forward", rows, len(sequence) - 1
+        )
+        return _forward(self.model.hf_model, sequence[:-1], self.model_inputs, -1, interpolate=False), "replay"
+
+
+def captured_reading(
+    states: CapturedStates, out: Any, *, visuals: Sequence[Visual], prompt: str | None
+) -> tuple[ScaleStates, str]:
+    """States and layout of a captured generation, and where they come from (`capture` or `replay`).
+
+    Without `prompt`, every token before the response that is no image and no special token counts as user text.
+
+    Raises:
+        InputError: nothing was captured, or `out` holds several sequences.
+        TokenLayoutError: the captured inputs do not fit the model's grids.
+    """
+    model = states.model
+    sequences = out if isinstance(out, Tensor) else out.sequences
+    if sequences.ndim != 2 or sequences.shape[0] != 1:
+        raise InputError(
+            f"generate returned sequences {list(sequences.shape)}, expected [1 seq]; explain them one at a time"
+        )
+    sequence = sequences[0]
+    hidden, source = states.read(sequence)
+    start = states.prompt_length
+    prefill = sequence[:start]
+    grids = model.family.grids(model.config, states.model_inputs)
+    extents = [(len(v.frames), extent_of(model.family, v.size)) for v in visuals] or [(1, WHOLE_IMAGE)] * len(grids)
+    groups = group_images(prefill, model, extents, grids)
+    if prompt is None:
+        special = {*model.processor.tokenizer.all_special_ids, model.image_token_id}
+        positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
+    else:
+        positions = user_text(model, prompt, prefill)
+    return ScaleStates(hidden, sequence, TokenLayout(groups, positions, (start, len(sequence)))), source
+
+
+@contextmanager
+def capture(model: Model) -> Iterator[CapturedStates]:
+    """Read last-layer states along with the user's own `generate`.
+
+        with fastattr.capture(model) as states:
+            out = hf_model.generate(**inputs)
+        why = states.attribute(out)
+
+    No hook is left behind, also after an exception.
+    """
+    states = CapturedStates(model)
+    base = unwrap_peft(model.hf_model)
+    generate = base.generate
+
+    def keep_given(ids: Tensor, kwargs: Mapping[str, Any]) -> None:
+        states.prompt_length = ids.shape[1]
+        states.model_inputs = {
+            name: value
+            for name, value in kwargs.items()
+            if isinstance(value, Tensor)
+            and name not in ("input_ids", "attention_mask", "position_ids", "cache_position")
+        }
+
+    def recording(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        # generate may encode the images before the first forward, so its own arguments are what counts
+        keep_given(kwargs["input_ids"] if inputs is None else inputs, kwargs)
+        return generate(inputs, *args, **kwargs)
+
+    def keep_fed(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None:
+            if not states.prompt_length:  # a decoding loop of the user's own
+                keep_given(ids, kwargs)
+            states.fed.append(ids.detach())
+
+    handle = base.register_forward_pre_hook(keep_fed, with_kwargs=True)
+    base.generate = recording
+    try:
+        with record_output(decoder_of(base)) as states.hidden:
+            yield states
+    finally:
+        del base.generate
+        handle.remove()
