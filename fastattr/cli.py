@@ -1,0 +1,272 @@
+"""`fastattr demo | explain | show | models`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import webbrowser
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+import fastattr
+from fastattr.errors import FastattrError, InputError, SaveError
+
+app = typer.Typer(
+    help="See why a multimodal LLM said each word.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DEMO_SEED = 10_000_003  # never trained on
+
+
+class MethodName(str, Enum):
+    lens = "lens"
+    tam = "tam"
+    arc = "arc"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("fastattr-demo.html"),
+    seed: Annotated[int, typer.Option(help="Which scene; the default was never trained on.")] = DEMO_SEED,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Explain a scene with the bundled model, offline."""
+    from fastattr.demo.scenes import make_scene
+
+    scene = make_scene(seed)
+    _explain(
+        images=[scene.image],
+        prompt="Describe the image.",
+        response=None,
+        model_name="shapes",
+        methods=[MethodName.arc, MethodName.tam, MethodName.lens],
+        scales=(1.0, 1.5, 2.0),
+        out=out,
+        max_new_tokens=128,
+        as_json=as_json,
+        open_browser=open_browser and sys.stdout.isatty(),
+    )
+
+
+@app.command()
+def explain(
+    images: Annotated[list[Path], typer.Argument(help="One or more pictures.", metavar="IMAGE...")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe the image.",
+    response: Annotated[str | None, typer.Option(help="The answer to explain; the model answers if not given.")] = None,
+    model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
+    method: Annotated[
+        list[MethodName] | None,
+        typer.Option("--method", "--methods", help="May be given several times; the first is shown."),
+    ] = None,
+    scales: Annotated[str, typer.Option(help="Image sizes relative to the model's own, comma-separated.")] = "1,1.5,2",
+    out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Explain what a model says about pictures."""
+    _explain(
+        images=list(images),
+        prompt=prompt,
+        response=response,
+        model_name=model,
+        methods=method or [MethodName.arc],
+        scales=_parse_scales(scales),
+        out=out,
+        max_new_tokens=max_new_tokens,
+        as_json=as_json,
+        open_browser=False,
+    )
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A saved attribution, x.safetensors.")],
+    out: Annotated[Path | None, typer.Option(help="Also write x.html, x.png or x.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a saved attribution, or turn it into a report."""
+    why = fastattr.Attribution.load(path)
+    if out is not None:
+        write([why], out)
+    _print([why], out, as_json)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the model families that can be explained."""
+    from fastattr.adapters import FAMILIES
+
+    rows = [
+        {
+            "model_type": kind,
+            "family": family.name,
+            "scales": "any" if family.enlarge else "1 only",
+            "picture": "centre crop" if family.crops else "whole",
+        }
+        for kind, family in FAMILIES.items()
+    ]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    for row in [{"model_type": "MODEL TYPE", "family": "FAMILY", "scales": "SCALES", "picture": "PICTURE"}, *rows]:
+        print(f"{row['model_type']:<14}{row['family']:<30}{row['scales']:<8}{row['picture']}")
+
+
+# --- the work --------------------------------------------------------------------------------------
+
+
+def _explain(
+    *,
+    images: list[Any],
+    prompt: str,
+    response: str | None,
+    model_name: str,
+    methods: list[MethodName],
+    scales: tuple[float, ...],
+    out: Path,
+    max_new_tokens: int,
+    as_json: bool,
+    open_browser: bool,
+) -> None:
+    _check_suffix(out)
+    explained: list[fastattr.Attribution] = []
+    with tqdm(total=len(methods) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
+        progress.set_description(f"loading {model_name}")
+        model = fastattr.load(model_name)
+        progress.update()
+        answer: Any = response
+        for method in methods:
+            progress.set_description(f"explaining ({method.value})")
+            why = fastattr.attribute(
+                model, images, prompt, answer, method=method.value, scales=scales, max_new_tokens=max_new_tokens
+            )
+            answer = why.token_ids  # every method explains the same tokens
+            explained.append(why)
+            progress.update()
+    write(explained, out)
+    _print(explained, out, as_json)
+    if open_browser:
+        webbrowser.open(out.resolve().as_uri())
+
+
+def write(explained: list[fastattr.Attribution], out: Path) -> None:
+    """Write attributions of one response in the format of the suffix."""
+    from fastattr.storage import whole_file
+
+    _check_suffix(out)
+    first, others = explained[0], explained[1:]
+    if out.suffix == ".html":
+        first.to_html(out, others=others)
+        return
+    if others:
+        raise InputError(f"{str(out)!r} holds one method; got {len(explained)}. Only .html shows several")
+    if out.suffix == ".safetensors":
+        first.save(out)
+    elif out.suffix == ".png":
+        first.to_png(out)
+    else:
+        with whole_file(out) as file:
+            file.write(json.dumps(as_dict(first, maps=True)).encode())
+
+
+def _check_suffix(out: Path) -> None:
+    if out.suffix not in (".html", ".safetensors", ".png", ".json"):
+        raise SaveError(f"{str(out)!r} ends in {out.suffix!r}, expected .html, .safetensors, .png or .json")
+
+
+def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
+    """Plain values for JSON; maps as nested lists `[target][t][h][w]` for each image if wanted."""
+    evidence = None if why.evidence is None else why.evidence.tolist()
+    tokens = [
+        {
+            "token": token,
+            "id": why.token_ids[i],
+            "span": why.spans[i],
+            "log_prob": round(float(why.log_prob[i]), 4),
+            "evidence": None if evidence is None else round(evidence[i], 4),
+            "agreement": [round(value, 4) for value in why.agreement[i].tolist()],
+            "degenerate": bool(why.degenerate[i]),
+        }
+        for i, token in enumerate(why.tokens)
+    ]
+    result: dict[str, Any] = {
+        "response": why.response,
+        "prompt": why.prompt,
+        "model": why.model,
+        "method": why.config.method,
+        "scales": why.config.scales,
+        "grids": [list(m.shape[1:]) for m in why.image],
+        "tokens": tokens,
+        "notes": why.notes,
+    }
+    if maps:
+        result["image"] = [
+            [[[[round(v, 4) for v in row] for row in frame] for frame in target] for target in m.tolist()]
+            for m in why.image
+        ]
+        result["context_tokens"] = why.context_tokens
+        result["context"] = [[round(v, 4) for v in row] for row in why.context.tolist()]
+    return result
+
+
+def _print(explained: list[fastattr.Attribution], out: Path | None, as_json: bool) -> None:
+    why = explained[0]
+    if as_json:
+        print(json.dumps({**as_dict(why, maps=False), "out": None if out is None else str(out)}))
+        return
+    print(why.response)
+    print()
+    print(f"{'token':<14}{'evidence':>10}{'probability':>13}  where")
+    for i, token in enumerate(why.tokens):
+        evidence = "" if why.evidence is None else f"{float(why.evidence[i]):+.2f}"
+        print(f"{token.strip()!r:<14}{evidence:>10}{float(why.log_prob[i].exp()):>13.3f}  {_where(why, i)}")
+    for note in why.notes:
+        print(f"note: {note}")
+    if out is not None:
+        print(f"\n{out.resolve()}")
+
+
+def _where(why: fastattr.Attribution, target: int) -> str:
+    """The strongest place of a token, in words."""
+    strongest = max(range(len(why.image)), key=lambda image: float(why.image[image][target].max()))
+    maps = why.image[strongest][target]
+    if float(maps.max()) <= 0:
+        return "nowhere"
+    t, h, w = maps.shape
+    frame, rest = divmod(int(maps.argmax()), h * w)
+    row, column = divmod(rest, w)
+    place = f"{float(maps.max()):.2f} at row {row + 1}/{h}, column {column + 1}/{w}"
+    if t > 1:
+        place += f", frame {frame + 1}/{t}"
+    return place + (f", image {strongest + 1}" if len(why.image) > 1 else "")
+
+
+def _parse_scales(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--scales is {text!r}, expected numbers separated by commas, for example 1,1.5,2") from error
+
+
+def main() -> None:
+    """Run the command line; errors of our own tree are one line on stderr and exit code 2."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        app()
+    except FastattrError as error:
+        print(f"fastattr: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

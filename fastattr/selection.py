@@ -1,0 +1,181 @@
+"""Words, phrases and patterns of a response, with the map, box and score of what they select."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastattr.errors import InputError, PhraseError
+from fastattr.types import Attribution, Box
+
+T = TypeVar("T")
+
+BOX_LEVEL = 0.5  # of the peak: the region around it that counts as found
+_BOX_SIDE = 512  # pixels; maps are upsampled to at most this for boxes
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Some tokens of a response.
+
+    Attributes:
+        attribution: what they were selected from.
+        spans: half-open character ranges in the response, one for each occurrence.
+        targets: for each occurrence its token indices.
+    """
+
+    attribution: Attribution
+    spans: tuple[tuple[int, int], ...]
+    targets: tuple[tuple[int, ...], ...]
+
+    @property
+    def text(self) -> str:
+        """The first occurrence as written."""
+        start, stop = self.spans[0]
+        return self.attribution.response[start:stop]
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """For each image `[t h w]` in [0, 1], the maximum over the selected tokens."""
+        chosen = sorted({target for occurrence in self.targets for target in occurrence})
+        return tuple(maps[chosen].amax(dim=0) for maps in self.attribution.image)
+
+    @property
+    def map(self) -> Tensor:
+        """`[t h w]` of the only image. Raises `InputError` if there are several: see `maps`."""
+        return _only(self.maps, "map", "maps")
+
+    @property
+    def boxes(self) -> tuple[Box | None, ...]:
+        """For each image the box around its peak, `(left, top, right, bottom)` in pixels; None where the map is dark."""
+        sizes = self.attribution.picture_sizes
+        if not sizes:
+            raise InputError("boxes are in pixels of the pictures, but this attribution was made without; pass image=")
+        return tuple(
+            peak_box(maps, extent, size)
+            for maps, extent, size in zip(self.maps, self.attribution.extents, sizes, strict=True)
+        )
+
+    @property
+    def box(self) -> Box | None:
+        """The box of the only image. Raises `InputError` if there are several: see `boxes`."""
+        return _only(self.boxes, "box", "boxes")
+
+    @property
+    def score(self) -> float | None:
+        """Evidence in nats: how much likelier the image makes these words; the mean over occurrences.
+
+        Positive: seen. Around zero or negative: the words would have been said without the image. None if
+        the attribution was made with `evidence=False`.
+        """
+        evidence = self.attribution.evidence
+        if evidence is None:
+            return None
+        return float(torch.stack([evidence[list(occurrence)].sum() for occurrence in self.targets]).mean())
+
+    def overlay(self, image: int = 0) -> Image.Image:
+        """The picture with the map over it; of a video the frame with the strongest response.
+
+        Raises:
+            InputError: there is no such picture.
+        """
+        from fastattr.report import overlay
+
+        pictures = self.attribution.pictures
+        if not 0 <= image < len(pictures):
+            raise InputError(f"image is {image}, but this attribution holds {len(pictures)} pictures")
+        maps = self.maps[image]
+        frame = int(maps.flatten(1).amax(dim=1).argmax())
+        return overlay(pictures[image][frame], maps[frame], self.attribution.extents[image])
+
+    def __repr__(self) -> str:
+        score = self.score
+        shown = "" if score is None else f", {score:+.2f} nats"
+        return f"Selection({self.text!r}, {len(self.spans)} occurrence{'s' if len(self.spans) > 1 else ''}{shown})"
+
+
+def select_phrase(attribution: Attribution, phrase: str) -> Selection:
+    """Every occurrence of a word or phrase as whole words, any case.
+
+    Raises:
+        InputError: `phrase` is not a non-empty string.
+        PhraseError: it does not occur.
+    """
+    if not isinstance(phrase, str) or not phrase.strip():
+        raise InputError(f"select by a word or phrase of the response, got {phrase!r}")
+    words = r"\s+".join(re.escape(word) for word in phrase.split())
+    return _select(attribution, rf"(?<!\w){words}(?!\w)", f"{phrase!r}", re.IGNORECASE)
+
+
+def select_pattern(attribution: Attribution, pattern: str) -> Selection:
+    r"""Every match of a regular expression, for example `\d+`.
+
+    Raises:
+        InputError: the pattern does not compile.
+        PhraseError: nothing matches.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
+    return _select(attribution, pattern, f"a match of {pattern!r}", 0)
+
+
+def _select(attribution: Attribution, pattern: str, asked: str, flags: int) -> Selection:
+    spans = tuple(
+        match.span() for match in re.finditer(pattern, attribution.response, flags) if match.end() > match.start()
+    )
+    targets = tuple(
+        tuple(i for i, (start, stop) in enumerate(attribution.spans) if start < last and stop > first)
+        for first, last in spans
+    )
+    if not spans:
+        words = list(dict.fromkeys(re.findall(r"\w+", attribution.response)))
+        shown = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
+        raise PhraseError(f"{asked} is not in the response; its words are: {shown}")
+    return Selection(attribution, spans, targets)
+
+
+def peak_box(maps: Tensor, extent: Box, size: tuple[int, int]) -> Box | None:
+    """The box around the strongest response: pixels of at least `BOX_LEVEL` of the peak, connected to it.
+
+    Args:
+        maps: `[t h w]`; the frame with the peak counts.
+        extent: the part of the picture the grid covers, as shares.
+        size: `(height, width)` of the picture in pixels.
+
+    Returns:
+        `(left, top, right, bottom)` in pixels of the picture, or None for a map of zeros.
+    """
+    peak = float(maps.max())
+    if peak <= 0:
+        return None
+    frame = maps[int(maps.flatten(1).amax(dim=1).argmax())]
+    left, top = extent[0] * size[1], extent[1] * size[0]
+    covered_width, covered_height = (extent[2] - extent[0]) * size[1], (extent[3] - extent[1]) * size[0]
+    shrink = min(1.0, _BOX_SIDE / max(covered_width, covered_height))
+    height = max(frame.shape[0], round(covered_height * shrink))
+    width = max(frame.shape[1], round(covered_width * shrink))
+    fine = F.interpolate(frame[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+
+    inside = Image.fromarray(((fine >= BOX_LEVEL * fine.max()).to(torch.uint8) * 255).numpy())
+    row, column = divmod(int(fine.argmax()), width)
+    ImageDraw.floodfill(inside, (column, row), 128)
+    found = inside.point([255 if value == 128 else 0 for value in range(256)]).getbbox()
+    if found is None:  # cannot be: the peak itself is inside
+        raise AssertionError("the peak of a map lies outside its own region")
+    step_x, step_y = covered_width / width, covered_height / height
+    return (left + found[0] * step_x, top + found[1] * step_y, left + found[2] * step_x, top + found[3] * step_y)
+
+
+def _only(values: Sequence[T], one: str, many: str) -> T:
+    if len(values) != 1:
+        raise InputError(f"this attribution holds {len(values)} images; use .{many}[i] instead of .{one}")
+    return values[0]

@@ -1,0 +1,155 @@
+"""One attribution, one file: safetensors with a versioned manifest, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from fastattr.errors import SaveError
+from fastattr.types import Attribution, AttributionConfig
+
+FORMAT = 1
+
+_TENSORS = ("context", "log_prob", "agreement", "raw_range", "residual", "degenerate")
+_OPTIONAL_TENSORS = ("relevance", "evidence")
+_TEXTS = (
+    "response",
+    "tokens",
+    "token_ids",
+    "spans",
+    "context_tokens",
+    "prompt",
+    "model",
+    "source",
+    "notes",
+    "versions",
+)
+_SHAPES = ("grids", "extents", "picture_sizes")
+
+
+def save(attribution: Attribution, path: str | Path) -> Path:
+    """Write everything, pictures as PNG.
+
+    Raises:
+        SaveError: the file cannot be written; nothing is left behind.
+    """
+    tensors = {name: getattr(attribution, name) for name in _TENSORS}
+    tensors |= {name: value for name in _OPTIONAL_TENSORS if (value := getattr(attribution, name)) is not None}
+    tensors |= {f"image.{i}": maps for i, maps in enumerate(attribution.image)}
+    for i, frames in enumerate(attribution.pictures):
+        tensors |= {f"picture.{i}.{t}": _to_png(frame) for t, frame in enumerate(frames)}
+    manifest = {
+        "format": FORMAT,
+        "images": len(attribution.image),
+        "frames": [len(frames) for frames in attribution.pictures],
+        "config": asdict(attribution.config),
+        **{name: getattr(attribution, name) for name in _TEXTS + _SHAPES},
+    }
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    data = to_safetensors(contiguous, metadata={"fastattr": json.dumps(manifest)})
+    with whole_file(path) as file:
+        file.write(data)
+    return Path(path)
+
+
+def load(path: str | Path) -> Attribution:
+    """Read what `save` wrote.
+
+    Raises:
+        SaveError: the file is missing, broken, or not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SaveError(f"{str(path)!r} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = (file.metadata() or {}).get("fastattr")
+            if stored is None:
+                raise SaveError(
+                    f"{str(path)!r} is a safetensors file, but not an attribution: it has no 'fastattr' manifest"
+                )
+            manifest = json.loads(stored)
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise SaveError(
+            f"{str(path)!r} has format {manifest.get('format')}, this version reads {FORMAT}; use a matching fastattr"
+        )
+    pictures = tuple(
+        np.stack([_from_png(tensors[f"picture.{i}.{t}"]) for t in range(frames)])
+        for i, frames in enumerate(manifest["frames"])
+    )
+    fields: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+    fields |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
+    fields |= {name: _frozen(manifest[name]) for name in _TEXTS + _SHAPES}
+    return Attribution(
+        image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
+        pictures=pictures,
+        config=AttributionConfig(**{name: _frozen(value) for name, value in manifest["config"].items()}),
+        **fields,
+    )
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at `path` only when the block ends without an error.
+
+    Raises:
+        SaveError: the file cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = ""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a directory")
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SaveError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
+        ) from error
+    finally:
+        if temporary:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _to_png(frame: np.ndarray) -> Tensor:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG")
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _from_png(data: Tensor) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data.numpy().tobytes())))
+
+
+def _frozen(value: Any) -> Any:
+    """JSON lists back to the tuples they were."""
+    return tuple(_frozen(each) for each in value) if isinstance(value, list) else value
