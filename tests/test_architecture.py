@@ -1,0 +1,123 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEAVES = {"fastattr.errors", "fastattr.types"}
+
+# module or package -> what of ours it may import when it is imported, besides errors and types
+ARROWS: dict[str, set[str]] = {
+    "fastattr": {"fastattr.pipeline", "fastattr.adapters"},
+    "fastattr.errors": set(),
+    "fastattr.types": set(),
+    "fastattr.images": set(),
+    "fastattr.text": set(),
+    "fastattr.ops": {"fastattr_kernels"},
+    "fastattr.maps": {"fastattr.ops"},
+    "fastattr.arc": {"fastattr.ops"},
+    "fastattr.msea": {"fastattr.ops"},
+    "fastattr.compat": {"fastattr.ops", "fastattr.maps", "fastattr.msea"},
+    "fastattr.method": {"fastattr.ops", "fastattr.maps", "fastattr.arc", "fastattr.msea", "fastattr.compat"},
+    "fastattr.pipeline": {
+        "fastattr.adapters",
+        "fastattr.images",
+        "fastattr.maps",
+        "fastattr.method",
+        "fastattr.msea",
+        "fastattr.text",
+    },
+    "fastattr.adapters": {"fastattr.images", "fastattr.maps", "fastattr.text"},
+    "fastattr.selection": {"fastattr.report"},
+    "fastattr.storage": set(),
+    "fastattr.metrics": set(),
+    "fastattr.report": {"fastattr.storage"},
+    "fastattr.demo": {"fastattr.adapters", "fastattr.images", "fastattr.pipeline"},
+    "fastattr.cli": {"fastattr", "fastattr.adapters", "fastattr.demo", "fastattr.storage", "fastattr.report"},
+    "fastattr_kernels": set(),
+}
+# methods of Attribution and CapturedStates are doors to these, opened only when one is called
+LAZY_DOORS = {
+    "fastattr.types": {"fastattr.selection", "fastattr.storage", "fastattr.report"},
+    "fastattr.adapters": {"fastattr.pipeline"},
+}
+# outside packages that only some rooms may know
+OUTSIDE = {
+    "transformers": {"fastattr.adapters", "fastattr.demo", "fastattr.cli"},
+    "typer": {"fastattr.cli"},
+    "safetensors": {"fastattr.storage"},
+    "tokenizers": {"fastattr.demo"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = [("fastattr" + _dotted(path, ROOT / "fastattr"), path) for path in (ROOT / "fastattr").rglob("*.py")]
+    kernels = ROOT / "kernels" / "fastattr_kernels"
+    return found + [("fastattr_kernels" + _dotted(path, kernels), path) for path in kernels.rglob("*.py")]
+
+
+def _dotted(path: Path, top: Path) -> str:
+    parts = [part for part in path.relative_to(top).with_suffix("").parts if part != "__init__"]
+    return "".join(f".{part}" for part in parts)
+
+
+def room(module: str) -> str:
+    """The module or package of the table that `module` belongs to."""
+    parts = module.split(".")
+    for size in range(len(parts), 0, -1):
+        name = ".".join(parts[:size])
+        if name in ARROWS and (name != "fastattr" or len(parts) == 1):
+            return name
+    raise AssertionError(f"{module} is in no room of the table; say in ARROWS what it may import")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module imported anywhere in a file, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = node.module or ""
+            submodules = {f"{module}.{alias.name}" for alias in node.names}
+            known = {name for name, _ in modules()}
+            found |= {name for name in submodules if name in known} or {module}
+    return found
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+def test_arrows(module: str, path: Path) -> None:
+    here = room(module)
+    allowed = LEAVES | ARROWS[here] | LAZY_DOORS.get(here, set()) | {here}
+    for imported in imports(path):
+        top = imported.split(".")[0]
+        if top in ("fastattr", "fastattr_kernels"):
+            assert room(imported) in allowed, f"{module} imports {imported}, which {here} may not"
+        if top in OUTSIDE:
+            assert here in OUTSIDE[top], f"{module} imports {top}, which only {sorted(OUTSIDE[top])} may"
+        assert top not in ("benchmarks", "tests"), f"{module} imports {imported}"
+
+
+def test_kernels_stand_alone() -> None:
+    allowed = {"torch", "fastattr_kernels", "__future__"}
+    for module, path in modules():
+        if module.startswith("fastattr_kernels"):
+            tops = {imported.split(".")[0] for imported in imports(path)} - set(sys.stdlib_module_names)
+            assert tops <= allowed, f"{module} imports {tops - allowed}"
+
+
+def test_importing_fastattr_is_light() -> None:
+    """Neither transformers nor a drawing or web library is loaded, so the import costs little over torch."""
+    code = (
+        "import sys, fastattr\n"
+        "heavy = {'transformers', 'typer', 'tokenizers', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
