@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattr import ops
 from fastattr.errors import TokenLayoutError
-from fastattr.maps import class_activations, normalise_jointly
+from fastattr.maps import check_ids, class_activations, normalise_jointly
 from fastattr.msea import split_images
 from fastattr.types import OutputHead, ScaleStates
 
@@ -53,6 +53,7 @@ def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True) -
         raise TokenLayoutError(
             "compat='tam' needs at least one prompt token: the reference explains it in place of the first answer token"
         )
+    check_ids(ids[[layout.response[0] - 1]], head)
     predictors = torch.tensor(layout.context_predictors, device=hidden.device)
     texts = ids[torch.tensor(layout.context, device=ids.device)]
     classes = texts.clone()

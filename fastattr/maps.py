@@ -141,13 +141,17 @@ def check_states(states: ScaleStates, head: OutputHead) -> None:
             f"output_embeddings is {list(head.weight.shape)}, expected [vocab {hidden.shape[1]}] "
             f"to fit hidden_states {list(hidden.shape)}"
         )
+    if head.bias is not None and head.bias.shape != head.weight.shape[:1]:
+        raise StatesError(
+            f"the head's bias is {list(head.bias.shape)}, expected [{head.weight.shape[0]}], one for each id"
+        )
     if not (hidden.device == head.weight.device == ids.device):
         raise StatesError(
             f"hidden_states{at} is on {hidden.device}, input_ids on {ids.device} and output_embeddings on "
             f"{head.weight.device}; move them to one device"
         )
-    if ids.ndim != 1 or ids.is_floating_point():
-        raise TokenLayoutError(f"input_ids{at} is {ids.dtype} {list(ids.shape)}, expected whole numbers [seq]")
+    if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise TokenLayoutError(f"input_ids{at} is {ids.dtype} {list(ids.shape)}, expected int64 or int32 [seq]")
     start, stop = layout.response
     if len(ids) != stop:
         raise TokenLayoutError(
@@ -158,12 +162,7 @@ def check_states(states: ScaleStates, head: OutputHead) -> None:
             f"hidden_states{at} holds {len(hidden)} positions, expected {stop - 1} (or {stop}) for {stop} input_ids: "
             "the last token of the response is never fed back"
         )
-    used = ids[_index(layout.context, ids)]
-    if int(used.min()) < 0 or int(used.max()) >= head.vocab:
-        wrong = sorted({int(i) for i in used.tolist() if not 0 <= i < head.vocab})
-        raise InputError(
-            f"input_ids{at} holds ids {wrong[:5]}, expected 0 to {head.vocab - 1}, the rows of the output embeddings"
-        )
+    check_ids(ids[_index(layout.context, ids)], head, at)
     read = hidden[_index((*layout.image_positions, *layout.context_predictors), hidden)]
     if not bool(torch.isfinite(read).all()):
         bad = int((~torch.isfinite(read)).any(dim=1).sum())
@@ -171,6 +170,45 @@ def check_states(states: ScaleStates, head: OutputHead) -> None:
             f"hidden_states{at} holds NaN or Inf at {bad} of {len(read)} positions that are read; "
             "run the model in bfloat16 or float32 rather than float16"
         )
+
+
+def check_head(head: OutputHead) -> None:
+    """Refuse output embeddings that are not finite: every log-probability reads all of them.
+
+    Raises:
+        StatesError: some are NaN or Inf.
+    """
+    for name, values in (("output_embeddings", head.weight), ("the head's bias", head.bias)):
+        if values is not None and not all(math.isfinite(float(end)) for end in torch.aminmax(values)):
+            raise StatesError(f"{name} {list(values.shape)} holds NaN or Inf, expected finite numbers")
+
+
+def check_ids(ids: Tensor, head: OutputHead, at: str = "") -> None:
+    """Refuse ids that have no row.
+
+    Raises:
+        InputError: an id is outside the vocabulary.
+    """
+    wrong = ids[(ids < 0) | (ids >= head.vocab)]
+    if len(wrong):
+        raise InputError(
+            f"input_ids{at} holds ids {sorted(set(wrong.tolist()))[:5]}, expected 0 to {head.vocab - 1}, the rows of the "
+            "output embeddings"
+        )
+
+
+def check_finite(**results: Tensor) -> None:
+    """Refuse results that overflowed.
+
+    Raises:
+        StatesError: some are NaN or Inf.
+    """
+    for name, values in results.items():
+        if not bool(torch.isfinite(values).all()):
+            raise StatesError(
+                f"{name} came out as NaN or Inf: hidden states and output embeddings are finite, but their products "
+                "overflow float32; check that both come from the same model, the states after its final norm"
+            )
 
 
 def _index(positions: Sequence[int], like: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.arc import interference_weights, relevance
 from fastattr.compat import tam_slots
-from fastattr.maps import activations, check_states, log_probs, normalise_jointly, same_id
+from fastattr.errors import TokenLayoutError
+from fastattr.maps import activations, check_finite, check_head, check_states, log_probs, normalise_jointly, same_id
 from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
 from fastattr.types import AttributionConfig, OutputHead, ScaleStates, TokenMaps
 
@@ -30,9 +31,11 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
     """
     for reading in readings:
         check_states(reading, head)
+    check_head(head)
     base = readings[base_scale(config.scales)]
     layouts = [reading.layout for reading in readings]
     grids = common_grids(layouts)
+    check_responses(readings)
     log_prob = torch.stack([log_probs(reading, head) for reading in readings], dim=1)
     agreement = (log_prob - log_prob[:, [base_scale(config.scales)]]).exp()
     weights = scale_weights(agreement, config)
@@ -68,6 +71,7 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
         image, raw_range, degenerate = slots.image, slots.raw_range, slots.degenerate
     if config.filter:
         image = tuple(ops.rank_gaussian(each) for each in image)
+    check_finite(log_prob=log_prob, maps=raw_range)
     return TokenMaps(
         image=tuple(each.cpu() for each in image),
         context=normalised.context.cpu(),
@@ -78,6 +82,21 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
         residual=residual.cpu(),
         degenerate=degenerate.cpu(),
     )
+
+
+def check_responses(readings: Sequence[ScaleStates]) -> None:
+    """Refuse scales that were not given the same response.
+
+    Raises:
+        TokenLayoutError: their response ids differ.
+    """
+    first, *others = [reading.input_ids[slice(*reading.layout.response)] for reading in readings]
+    for response in others:
+        if not torch.equal(first, response):
+            raise TokenLayoutError(
+                f"two scales hold the responses {first[-8:].tolist()} and {response[-8:].tolist()} (last ids), expected the "
+                "same ids at every scale"
+            )
 
 
 def sum_scales(values: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_BYTES = 32 * 2**20  # logits of one chunk of the vocabulary
+ROUNDING = 1e-6  # relative error of a float32 map after its context is subtracted
+GROUP = 32  # columns whose maximum bounds the top-k
 
 
 def _logits(hidden: Tensor, rows: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
@@ -85,13 +87,35 @@ def lm_head_topk(
     for start in range(0, vocab, width):
         stop = min(vocab, start + width)
         chunk_bias = None if bias is None else bias[start:stop]
-        values = _logits(hidden, weight[start:stop], chunk_bias, logit_scale, softcap)
-        ids = torch.arange(start, stop, device=hidden.device).expand_as(values)
+        logits = _logits(hidden, weight[start:stop], chunk_bias, logit_scale, softcap)
+        values, columns = _topk_columns(logits, min(k, stop - start))
         # what is kept comes first and has lower ids, so a stable sort breaks ties by id
-        values, ids = torch.cat([best_values, values], 1), torch.cat([best_ids, ids], 1)
+        values, ids = torch.cat([best_values, values], 1), torch.cat([best_ids, columns + start], 1)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
         best_values, best_ids = values.gather(1, order), ids.gather(1, order)
     return best_ids.int(), best_values
+
+
+def _topk_columns(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Exact top-k of each row, ties by lower column, without sorting whole rows.
+
+    The k-th largest of the maxima of groups of columns is a lower bound of the k-th largest value, so only
+    the few values that reach it are sorted.
+    """
+    groups = values.shape[1] // GROUP
+    if groups < k:
+        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return values.gather(1, order), order
+    maxima = values[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(dim=2)
+    bound = maxima.topk(k, dim=1).values[:, -1:]
+    rows, columns = (values >= bound).nonzero(as_tuple=True)  # columns ascend within a row
+    counts = torch.bincount(rows, minlength=len(values))
+    slots = torch.arange(len(rows), device=values.device) - (counts.cumsum(0) - counts)[rows]
+    kept = values.new_full((len(values), int(counts.max())), -torch.inf)
+    kept_columns = torch.zeros_like(kept, dtype=torch.int64)
+    kept[rows, slots], kept_columns[rows, slots] = values[rows, columns], columns
+    order = kept.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return kept.gather(1, order), kept_columns.gather(1, order)
 
 
 def lm_head_log_prob(
@@ -148,25 +172,21 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float) -> Tensor:
     k = left.shape[1]
     depth = torch.arange(1, k + 1, dtype=torch.float64, device=left.device)
     weight = (1 - persistence) * persistence ** (depth - 1) / depth
-    from_depth = weight.flip(0).cumsum(0).flip(0)
-    # entry k (0-based) stands for "absent": it adds nothing
-    table = torch.cat([from_depth, from_depth.new_zeros(1)]) / (1 - persistence**k)
-    table = table.float()
+    table = weight.flip(0).cumsum(0).flip(0) / (1 - persistence**k)
 
+    # for every id that `right` ranks, what its rank is worth in each row; the last line stands for "absent"
     known, compact = torch.unique(right, return_inverse=True)
-    rank = torch.full(
-        (right.shape[0], len(known)), k, dtype=torch.uint8 if k < 256 else torch.int16, device=right.device
-    )
-    ranks = torch.arange(k, device=right.device)
-    rank.scatter_(1, compact, ranks.to(rank.dtype).expand_as(compact))
-    place = torch.searchsorted(known, left).clamp_(max=len(known) - 1)
-    present = known[place] == left
+    worth = torch.zeros(len(known) + 1, len(right), dtype=torch.float64, device=right.device)
+    worth.scatter_(0, compact.T.contiguous(), table[:, None].expand(k, len(right)))
+    line = torch.searchsorted(known, left).clamp_(max=len(known) - 1)
+    line = torch.where(known[line] == left, line, len(known))
 
-    overlap = torch.zeros(left.shape[0], right.shape[0], device=left.device)
+    # the table falls, so table[max(a, b)] = min(table[a], table[b]); summed in float64, so that identical
+    # rankings come out as exactly 1: what is left of 1 would otherwise pass for interference
+    overlap = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for a in range(k):  # over ranks, not over targets
-        theirs = rank[:, place[:, a]].T.long()
-        overlap += torch.where(present[:, a, None], table[theirs.clamp(min=a)], 0.0)
-    return overlap.clamp_(max=1.0)
+        overlap += worth[line[:, a]].clamp_(max=float(table[a]))
+    return overlap.float().clamp_(max=1.0)
 
 
 def context_mean(context_activation: Tensor, weight: Tensor) -> Tensor:
@@ -188,7 +208,7 @@ def context_mean(context_activation: Tensor, weight: Tensor) -> Tensor:
 def remove_interference(activation: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Subtract from each map its best-fitting multiple of the context's (TAM, section 3.2, in closed form).
 
-    `lam_t = <A_t, M_t> / <M_t, M_t>`, `out_t = relu(A_t - lam_t M_t)`.
+    `lam_t = <A_t, M_t> / <M_t, M_t>`, `out_t = relu(A_t - lam_t M_t)`; what is left within rounding of zero is zero.
 
     Args:
         activation, mean: `[target position]`, not negative.
@@ -198,7 +218,16 @@ def remove_interference(activation: Tensor, mean: Tensor) -> tuple[Tensor, Tenso
     """
     norm = (mean * mean).sum(dim=1)
     scale = torch.where(norm > 0, (activation * mean).sum(dim=1) / torch.where(norm > 0, norm, 1.0), 0.0)
-    return (activation - scale[:, None] * mean).relu_(), scale
+    left = activation - scale[:, None] * mean
+    # what is within rounding of nothing is nothing: normalisation would blow it up to a map
+    return torch.where(left > ROUNDING * activation, left, 0.0), scale
+
+
+# a sorting network for nine values: 25 compare-exchanges, right for every input of zeros and ones
+_NINE_SORTED = (
+    *((0, 3), (1, 7), (2, 5), (4, 8), (0, 7), (2, 4), (3, 8), (5, 6), (0, 2), (1, 3), (4, 5), (7, 8)),
+    *((1, 4), (3, 6), (5, 7), (0, 1), (2, 4), (3, 5), (6, 8), (2, 3), (4, 5), (6, 7), (1, 2), (3, 4), (5, 6)),
+)
 
 
 def rank_gaussian(maps: Tensor) -> Tensor:
@@ -218,16 +247,20 @@ def rank_gaussian(maps: Tensor) -> Tensor:
     flat = maps.reshape(target * frames, 1, height, width)
     flat = F.pad(flat, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
     flat = F.pad(flat, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")[:, 0]
-    window = torch.stack([flat[:, i : i + height, j : j + width] for i in range(3) for j in range(3)], dim=-1)
-    window = window.sort(dim=-1).values
-    mean = window.mean(dim=-1, keepdim=True)
-    sigma = window.std(dim=-1, correction=0, keepdim=True) / torch.where(mean > 0, mean, 1.0)
-    distance = (torch.arange(9, device=maps.device) - 4.0) ** 2
-    weight = torch.where(
-        sigma > 0, torch.exp(-distance / (2 * torch.where(sigma > 0, sigma, 1.0) ** 2)), (distance == 0).float()
-    )
-    filtered = (window * weight).sum(dim=-1) / weight.sum(dim=-1)
-    return filtered.reshape(target, frames, height, width)
+    ranked = [flat[:, i : i + height, j : j + width].contiguous() for i in range(3) for j in range(3)]
+    mean = sum(ranked[1:], ranked[0]) / 9
+    variance = sum(((each - mean) ** 2 for each in ranked[1:]), (ranked[0] - mean) ** 2) / 9
+    for low, high in _NINE_SORTED:  # nine shifted planes, sorted pixel by pixel
+        ranked[low], ranked[high] = torch.minimum(ranked[low], ranked[high]), torch.maximum(ranked[low], ranked[high])
+
+    # a rank d away from the median weighs q^(d^2) with q = exp(-1 / (2 sigma^2)); without spread q is 0
+    spread = variance > 0
+    q = torch.where(spread, torch.exp(-mean * mean / (2 * torch.where(spread, variance, 1.0))), 0.0)
+    q4 = q**4
+    q9, q16 = q4 * q4 * q, q4**4
+    total = ranked[4] + q * (ranked[3] + ranked[5]) + q4 * (ranked[2] + ranked[6])
+    total += q9 * (ranked[1] + ranked[7]) + q16 * (ranked[0] + ranked[8])
+    return (total / (1 + 2 * (q + q4 + q9 + q16))).reshape(maps.shape)
 
 
 def multiscale(maps: Sequence[Tensor], weights: Tensor, size: tuple[int, int]) -> Tensor:
