@@ -1,0 +1,256 @@
+"""The interactive report: a payload of numbers and text, inlined beside a fixed page, style and script.
+
+Everything that came from a model or a user travels in the payload, as JSON, and reaches the page only through
+`textContent`. It is never parsed as HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastattr.errors import InputError
+from fastattr.report.picture import color_table, frames, quantise
+from fastattr.report.publish import publish
+from fastattr.types import Attribution, AttributionConfig
+
+PNG_UP_TO = 512  # pixels of the longer side; larger pictures are embedded as JPEG
+JPEG_QUALITY = 90
+
+_NEAR = 16  # characters between two prompt tokens that may belong to none that can be found
+
+
+def write_html(attributions: Sequence[Attribution], path: str | Path) -> Path:
+    """Write one self-contained page; several attributions of the same response can be switched in it.
+
+    Raises:
+        InputError: there is no attribution, or they do not explain the same response.
+        SaveError: the path cannot be written.
+    """
+    return publish(path, _page(attributions).encode())
+
+
+def notebook_html(attributions: Sequence[Attribution]) -> str:
+    """The same page as an `<iframe>` for a notebook cell, closed off from the notebook around it.
+
+    Raises:
+        InputError: as `write_html`.
+    """
+    page = html.escape(_page(attributions))
+    style = "width:100%;height:720px;border:0;border-radius:8px"
+    return f'<iframe title="fastattr report" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
+
+
+def _page(attributions: Sequence[Attribution]) -> str:
+    script, style = _asset("page.js"), _asset("page.css")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = {"digest": digest, "style": style, "script": script, "payload": _inert_json(_payload(attributions))}
+    page = _asset("page.html")
+    for name, text in parts.items():  # the payload comes last: what it holds is not a place to fill
+        page = page.replace(f"[[{name}]]", text, 1)
+    return page
+
+
+def _asset(name: str) -> str:
+    return resources.files("fastattr.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _inert_json(value: Any) -> str:
+    """ASCII JSON that no HTML parser takes for markup."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _payload(attributions: Sequence[Attribution]) -> dict[str, Any]:
+    _check_comparable(attributions)
+    first = attributions[0]
+    prompt_tokens = first.context_tokens[: len(first.context_tokens) - len(first)]
+    prompt = first.prompt or "".join(prompt_tokens)
+    illustrated = next((a for a in attributions if a.pictures), first)
+    return {
+        "model": first.model,
+        "response": _passage(first.response, first.spans, first.tokens),
+        "prompt": _passage(prompt, _locate(prompt, prompt_tokens), prompt_tokens),
+        "pictures": [_picture(illustrated, image) for image in range(len(first.image))],
+        "colors": _base64(color_table()),
+        "views": [_view(a, label) for a, label in zip(attributions, _labels(attributions), strict=True)],
+    }
+
+
+def _check_comparable(attributions: Sequence[Attribution]) -> None:
+    if not attributions:
+        raise InputError("no attribution was given, expected at least one to report on")
+    first = attributions[0]
+    for other in attributions[1:]:
+        if (other.response, other.token_ids) != (first.response, first.token_ids):
+            raise InputError(
+                f"the attributions explain different responses, {_short(first.response)} and {_short(other.response)}; "
+                "a report compares methods or scales on one response, so write one report each"
+            )
+        if other.context_tokens != first.context_tokens or len(other.image) != len(first.image):
+            raise InputError(
+                f"the attributions explain the same response to different questions, {_short(first.prompt)} about "
+                f"{len(first.image)} images and {_short(other.prompt)} about {len(other.image)}; write one report each"
+            )
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _passage(text: str, spans: Sequence[tuple[int, int]], tokens: Sequence[str]) -> dict[str, Any]:
+    pieces, tail = _pieces(text, spans, tokens)
+    return {"pieces": [dataclasses.astuple(piece) for piece in pieces], "tail": tail}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """How a token is shown.
+
+    Attributes:
+        before: text in front of it that no token holds, and the white space it begins with.
+        shown: its own text, or a stand-in.
+        is_text: whether `shown` is a part of the text.
+    """
+
+    before: str
+    shown: str
+    is_text: bool
+
+
+def _pieces(text: str, spans: Iterable[tuple[int, int]], tokens: Iterable[str]) -> tuple[list[_Piece], str]:
+    """Cut `text` into one piece a token, and what follows the last. Together they show every character once.
+
+    A token without text of its own (a special token, the second half of an emoji) gets a stand-in.
+    """
+    pieces = []
+    end = 0
+    for (start, stop), token in zip(spans, tokens, strict=True):
+        before, shown = text[end : max(start, end)], text[max(start, end) : stop]
+        end = max(stop, end)
+        word = shown.lstrip(" ")
+        if word:
+            pieces.append(_Piece(before + shown[: len(shown) - len(word)], word, True))
+        elif shown:
+            pieces.append(_Piece(before, shown, True))
+        else:
+            name = token.strip() if start == stop else ""
+            pieces.append(_Piece(before, name or "·", False))
+    return pieces, text[end:]
+
+
+def _locate(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Spans of tokens in the text they came from, each looked for just behind the one before it.
+
+    Tokens decoded one by one may lack their spaces, or hold half a character; those get an empty span.
+    """
+    spans = []
+    end = 0
+    for token in tokens:
+        word = token.strip(" ")
+        start = text.find(word, end, end + len(word) + _NEAR) if word else -1
+        if start < 0:
+            spans.append((end, end))
+        else:
+            end = start + len(word)
+            spans.append((start, end))
+    return spans
+
+
+def _picture(attribution: Attribution, image: int) -> dict[str, Any]:
+    pictures = frames(attribution, image)
+    _, height, width, _ = pictures.shape
+    sources = [_data_uri(picture) for picture in pictures] if attribution.pictures else []
+    return {"frames": sources, "width": width, "height": height}
+
+
+def _data_uri(picture: np.ndarray) -> str:
+    content = io.BytesIO()
+    if max(picture.shape[:2]) <= PNG_UP_TO:
+        kind = "png"
+        Image.fromarray(picture).save(content, "PNG")
+    else:
+        kind = "jpeg"
+        Image.fromarray(picture).save(content, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _view(attribution: Attribution, label: str) -> dict[str, Any]:
+    """What changes with the switch: maps `[target t h w]` and tints `[target context]` as uint8, and the scores."""
+    relevance = attribution.relevance
+    return {
+        "label": label,
+        "maps": [
+            {"grid": heat.shape[1:], "extent": extent, "levels": _base64(quantise(heat))}
+            for heat, extent in zip(attribution.image, attribution.extents, strict=True)
+        ],
+        "tint": "context" if relevance is None else "relevance",
+        "tints": _base64(quantise(attribution.context if relevance is None else relevance)),
+        "evidence": None if attribution.evidence is None else _finite(attribution.evidence),
+        "logProb": _finite(attribution.log_prob),
+        "agreement": _finite(attribution.agreement),
+        "degenerate": attribution.degenerate.tolist(),
+        "scales": attribution.config.scales,
+        "notes": attribution.notes,
+        "settings": _settings(attribution),
+    }
+
+
+def _settings(attribution: Attribution) -> list[tuple[str, str]]:
+    """Name and value of everything needed to get this result again."""
+    config = attribution.config
+    rows = [("model", attribution.model or "not named"), ("source", attribution.source), ("prompt", attribution.prompt)]
+    rows += [(f.name, _written(getattr(config, f.name))) for f in dataclasses.fields(AttributionConfig)]
+    for scale, grids in zip(config.scales, attribution.grids, strict=False):
+        rows.append((f"grid at {scale:g}×", ", ".join("×".join(map(str, grid)) for grid in grids)))
+    return rows + list(attribution.versions)
+
+
+def _labels(attributions: Sequence[Attribution]) -> list[str]:
+    """Method and scales, and whatever else of the settings tells these attributions apart."""
+    configs = [a.config for a in attributions]
+    others = [f.name for f in dataclasses.fields(AttributionConfig) if f.name not in ("method", "scales")]
+    differing = [name for name in others if len({getattr(config, name) for config in configs}) > 1]
+    labels = []
+    for config in configs:
+        scales = ", ".join(f"{scale:g}×" for scale in config.scales)
+        extra = "".join(f", {name} {_written(getattr(config, name))}" for name in differing)
+        labels.append(f"{config.method.upper()} {scales}{extra}")
+    return labels
+
+
+def _written(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(f"{item:g}" for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return str(value)
+
+
+def _finite(values: Tensor) -> Any:
+    """Nested lists in which whatever is not a number is None: JSON has no NaN."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return round(value, 5) if math.isfinite(value) else None
+
+    return clean(values.tolist())
+
+
+def _base64(levels: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(levels).tobytes()).decode()

@@ -1,0 +1,394 @@
+"""The report in a real browser: what a reader sees, points at and presses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from fastattr.report import notebook_html, overlay, write_html
+from fastattr.types import Attribution, AttributionConfig
+from tests.engine.test_report import HOSTILE, synthetic
+
+DESKTOP = {"width": 1200, "height": 800}
+PHONE = {"width": 390, "height": 844}
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    assert chromium, "the report is tested in Chromium, which is not on the PATH; install Debian's package `chromium`"
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_report(browser: Browser, tmp_path: Path) -> Iterator[Open]:
+    """Opens attributions as a report; at the end no page may have complained or asked for anything."""
+    complaints: list[str] = []
+    contexts = []
+
+    def open_page(attributions: Attribution | Sequence[Attribution], **options: object) -> Page:
+        many = (attributions,) if isinstance(attributions, Attribution) else attributions
+        path = write_html(many, tmp_path / "report.html")
+        context = browser.new_context(**{"viewport": DESKTOP, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: _note_foreign(request.url, path.as_uri(), complaints))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def _note_foreign(url: str, own: str, complaints: list[str]) -> None:
+    if url != own and not url.startswith("data:"):
+        complaints.append(f"request: {url}")
+
+
+def token(index: int) -> str:
+    return f'.token[data-index="{index}"]'
+
+
+def pixels(page: Page, image: int = 0) -> np.ndarray:
+    """uint8 `[H W 4]`: what an overlay canvas holds."""
+    uri = page.evaluate("k => document.querySelector(`canvas.overlay[data-image='${k}']`).toDataURL()", image)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+def marked(page: Page, name: str) -> list[int]:
+    return page.evaluate("name => [...document.querySelectorAll(`.token.${name}`)].map(t => +t.dataset.index)", name)
+
+
+def rest_pointer(page: Page) -> None:
+    page.mouse.move(2, 2)
+
+
+def test_pointing_at_a_word_draws_its_map(open_report: Open) -> None:
+    why = synthetic(grid=(6, 9), n_images=2)
+    page = open_report(why)
+    assert not pixels(page).any()
+    page.hover(token(3))
+    assert marked(page, "active") == [3]
+    for image in range(2):
+        drawn = pixels(page, image)
+        # on black, what the canvas adds is what the Python overlay draws
+        black = np.zeros((*drawn.shape[:2], 3), np.uint8)
+        expected = np.asarray(overlay(black, why.image[image][3, 0], (0, 0, 1, 1)), float)
+        shown = drawn[..., :3] * (drawn[..., 3:] / 255.0)
+        assert np.abs(shown - expected).max() <= 6  # both round: heat to 256 levels here, colours there
+    third = pixels(page)
+    page.hover(token(4))
+    assert (pixels(page) != third).any()
+    rest_pointer(page)
+    assert not pixels(page).any()
+    assert marked(page, "active") == []
+
+
+def test_a_pinned_word_stays(open_report: Open) -> None:
+    page = open_report(synthetic())
+    page.click(token(5))
+    kept = pixels(page)
+    rest_pointer(page)
+    assert marked(page, "pinned") == marked(page, "active") == [5]
+    assert (pixels(page) == kept).all() and kept.any()
+    page.hover(token(9))  # a glance at another one
+    assert marked(page, "pinned") == [5] and marked(page, "active") == [9]
+    assert (pixels(page) != kept).any()
+    rest_pointer(page)
+    assert (pixels(page) == kept).all()
+    page.keyboard.press("Escape")
+    assert marked(page, "pinned") == marked(page, "active") == []
+    assert not pixels(page).any()
+
+
+def test_a_second_click_lets_go(open_report: Open) -> None:
+    page = open_report(synthetic())
+    page.click(token(5))
+    page.click(token(5))
+    rest_pointer(page)
+    assert marked(page, "pinned") == []
+
+
+def test_keys_step_pin_and_let_go(open_report: Open) -> None:
+    why = synthetic()
+    page = open_report(why)
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert marked(page, "active") == [1] and marked(page, "pinned") == []
+    page.keyboard.press("Enter")
+    assert marked(page, "pinned") == [1]
+    page.keyboard.press("ArrowRight")  # the pin travels along
+    assert marked(page, "active") == marked(page, "pinned") == [2]
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert marked(page, "active") == [0]
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowRight")
+    assert marked(page, "active") == [len(why) - 1]
+    page.keyboard.press("Escape")
+    assert marked(page, "active") == marked(page, "pinned") == []
+
+
+def test_tab_reaches_the_words_once_and_they_speak(open_report: Open) -> None:
+    why = replace(
+        synthetic("red circle"), evidence=torch.tensor([2.0, -2.0]), log_prob=torch.log(torch.tensor([0.5, 0.25]))
+    )
+    page = open_report(why)
+    page.keyboard.press("Tab")
+    assert marked(page, "active") == [0]
+    assert page.locator(".token[tabindex='0']").count() == 1
+    labels = page.locator(".token").evaluate_all("all => all.map(t => t.ariaLabel)")
+    assert labels == ["red, probability 50 %, Seen", "circle, probability 25 %, Made up?"]
+    page.keyboard.press("Space")
+    assert page.locator(token(0)).get_attribute("aria-pressed") == "true"
+
+
+def tint(page: Page, selector: str) -> float:
+    return page.locator(selector).evaluate("word => Number(word.style.getPropertyValue('--tint') || 0)")
+
+
+def test_only_words_before_are_tinted_by_how_relevant_they_are(open_report: Open) -> None:
+    why = synthetic()
+    relevance = torch.rand(why.context.shape, generator=torch.Generator().manual_seed(1))
+    n_prompt = len(why.context_tokens) - len(why)
+    page = open_report(replace(why, relevance=relevance))
+    page.hover(token(6))
+    for j in range(n_prompt):
+        assert abs(tint(page, f"#prompt .asked >> nth={j}") - relevance[6, j].item()) < 0.04
+    for j in range(len(why)):
+        expected = relevance[6, n_prompt + j].item() if j < 6 else 0.0
+        assert abs(tint(page, token(j)) - expected) < 0.04
+    assert "relevance" in page.inner_text("#tint-key")
+
+
+def test_the_panel_tells_what_is_known(open_report: Open) -> None:
+    why = replace(
+        synthetic("red blue green", config=AttributionConfig(scales=(1.0, 2.0))),
+        log_prob=torch.log(torch.tensor([0.5, 0.25, 0.004])),
+        evidence=torch.log(torch.tensor([8.0, 1.1, 0.25])),
+        agreement=torch.tensor([[1.0, 0.5], [1.0, 1.2], [1.0, 0.0]]),
+        degenerate=torch.tensor([False, False, True]),
+    )
+    page = open_report(why)
+    page.hover(token(0))
+    panel = page.inner_text("#panel .reading")
+    for part in ("red", "token 1 of 3", "50 %", "−0.69 nats", "+2.08 nats", "Seen", "8× as likely", "2×"):
+        assert part in panel
+    assert page.locator("#agreement dd span").all_inner_texts() == ["100 %", "50 %"]
+    assert "says nothing" not in panel
+    page.hover(token(1))
+    assert "the picture changes little" in page.inner_text("#verdict")
+    page.hover(token(2))
+    panel = page.inner_text("#panel .reading")
+    for part in ("0.4 %", "−5.52 nats", "−1.39 nats", "Made up?", "4× less likely", "says nothing"):
+        assert part in panel
+    bars = page.locator(".token").evaluate_all("all => all.map(t => t.className)")
+    assert [name.split()[1] for name in bars] == ["seen", "even", "against"]
+
+
+def test_without_evidence_nothing_is_said_about_it(open_report: Open) -> None:
+    page = open_report(replace(synthetic(), evidence=None))
+    page.click(token(2))
+    assert not page.locator("#verdict").is_visible()
+    assert not page.locator("#evidence").is_visible()
+    assert not page.locator(".evidence-key").first.is_visible()
+
+
+def test_the_switch_changes_maps_and_tints(open_report: Open) -> None:
+    other = synthetic(seed=0, config=AttributionConfig(method="tam", scales=(1.0,)), grid=(5, 5))
+    page = open_report([synthetic(), other])
+    page.click(token(4))
+    rest_pointer(page)
+    first = pixels(page)
+    page.get_by_label("TAM 1×").check(force=True)
+    assert (pixels(page) != first).any()
+    assert marked(page, "pinned") == [4]
+    assert "context activation" in page.inner_text("#tint-key")
+    assert not page.locator("#agreement").is_visible()
+    page.get_by_label("ARC").check(force=True)
+    assert (pixels(page) == first).all()
+
+
+def test_video_opens_at_the_frame_the_word_looks_at(open_report: Open) -> None:
+    why = synthetic(frames=4)
+    heat = torch.zeros(len(why), 4, 3, 3)
+    heat[0, 2], heat[1, 1] = 1.0, 1.0
+    page = open_report(replace(why, image=(heat,)))
+    picture = page.locator("figure img")
+    page.hover(token(0))
+    assert page.inner_text("figure output") == "3 / 4"
+    assert pixels(page).any()
+    third = picture.get_attribute("src")
+    page.hover(token(1))
+    assert page.inner_text("figure output") == "2 / 4"
+    assert picture.get_attribute("src") != third
+    page.click(token(0))
+    page.locator("figure input").fill("0")
+    assert not pixels(page).any()
+    page.click("figure button")
+    page.wait_for_function("document.querySelector('figure output').textContent === '3 / 4'")
+    assert picture.get_attribute("src") == third
+    page.click("figure button")
+    assert page.inner_text("figure button") == "Play"
+
+
+def test_the_overlay_lies_on_the_part_the_grid_covers(open_report: Open) -> None:
+    page = open_report(synthetic(extent=(0.25, 0.0, 0.75, 0.5)))
+    stack, canvas = (page.locator(name).bounding_box() for name in (".stack", "canvas.overlay"))
+    assert stack and canvas
+    assert abs(canvas["x"] - stack["x"] - 0.25 * stack["width"]) < 1
+    assert abs(canvas["y"] - stack["y"]) < 1
+    assert abs(canvas["width"] - 0.5 * stack["width"]) < 1
+    assert abs(canvas["height"] - 0.5 * stack["height"]) < 1
+
+
+def test_without_pictures_the_map_is_drawn_on_plain_ground(open_report: Open) -> None:
+    page = open_report(replace(synthetic(grid=(4, 8)), pictures=()))
+    page.hover(token(1))
+    assert pixels(page).any()
+    box = page.locator("canvas.overlay").bounding_box()
+    assert box and abs(box["width"] / box["height"] - 2) < 0.02
+    assert page.locator("figure img").count() == 0
+
+
+def test_hostile_text_is_only_text(open_report: Open) -> None:
+    page = open_report(replace(synthetic(HOSTILE, prompt=HOSTILE), notes=(HOSTILE,), model=HOSTILE))
+    assert page.locator("#response").text_content() == HOSTILE
+    assert page.locator("#prompt").text_content() == HOSTILE
+    assert page.locator("#notes").text_content() == HOSTILE
+    for index in range(page.locator(".token").count()):
+        page.hover(token(index))
+    assert page.locator("script").count() == 2
+
+
+def test_line_breaks_are_kept(open_report: Open) -> None:
+    page = open_report(synthetic("one two\n\nthree"))
+    assert page.locator("#response").text_content() == "one two\n\nthree"
+    first, third = page.locator(token(0)).bounding_box(), page.locator(token(4)).bounding_box()
+    assert first and third
+    assert third["y"] > first["y"] + 1.5 * first["height"]
+    page.hover(token(2))
+    assert marked(page, "active") == [2]
+    assert page.inner_text("#word") == "↵"
+
+
+def test_settings_are_in_the_footer(open_report: Open) -> None:
+    page = open_report(replace(synthetic(), notes=("read this",), prompt="Describe the image."))
+    page.click("footer summary")
+    footer = page.inner_text("footer")
+    for part in ("read this", "rbo_p", "0.9", "1, 1.5, 2", "Describe the image.", "grid at 1.5×", "1×12×12", "0.1.0"):
+        assert part in footer
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_nothing_runs_out_of_sight(open_report: Open, scheme: str, viewport: dict[str, int]) -> None:
+    long_word = "Donaudampfschifffahrtsgesellschaftskapitaenswitwenrentenauszahlungsstelle"
+    attributions = [
+        synthetic(f"A {long_word} is here.", n_images=2, frames=2, config=AttributionConfig(scales=scales))
+        for scales in [(1.0,), (1.0, 1.25, 1.5, 2.0, 3.0), (2.0,)]
+    ]
+    page = open_report(attributions, viewport=viewport, color_scheme=scheme)
+    page.click(token(1))
+    page.click("footer summary")
+    inner, client = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert inner <= client
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_ground(open_report: Open, scheme: str) -> None:
+    """WCAG AA: 4.5 to 1 for text, on the page and, for a pinned word, on its own ground."""
+    page = open_report(synthetic(), color_scheme=scheme)
+    page.click(token(2))
+    rest_pointer(page)
+    colors = """([text, ground]) => [
+        getComputedStyle(document.querySelector(text)).color,
+        getComputedStyle(document.querySelector(ground)).backgroundColor,
+    ]"""
+    for text, ground in [("#response", "body"), ("#model", "body"), (".verdict b", "#panel"), (".pinned", ".pinned")]:
+        ink, paper = (_luminance(color) for color in page.evaluate(colors, [text, ground]))
+        ratio = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
+        assert ratio >= 4.5, (text, ground, ratio)
+    _, paper = page.evaluate(colors, ["#response", "body"])
+    assert (_luminance(paper) < 0.1) == (scheme == "dark")
+
+
+def _luminance(color: str) -> float:
+    red, green, blue = (int(part) / 255 for part in color.removeprefix("rgb(").removesuffix(")").split(","))
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_a_tap_pins_and_the_word_stays_in_sight(open_report: Open) -> None:
+    page = open_report(synthetic("some words " * 150), viewport=PHONE, has_touch=True, is_mobile=True)
+    page.locator(token(2)).tap()
+    assert marked(page, "pinned") == [2]
+    page.locator(token(150)).dispatch_event("click")  # below the fold, as a word under the panel would be
+    assert marked(page, "pinned") == [150]
+    box = {name: page.locator(name).bounding_box() for name in (token(150), "#pictures", "#panel")}
+    assert box["#pictures"]["y"] + box["#pictures"]["height"] <= box[token(150)]["y"]
+    assert box[token(150)]["y"] + box[token(150)]["height"] <= box["#panel"]["y"]
+    assert box["#pictures"]["y"] >= 0 and box["#panel"]["y"] + box["#panel"]["height"] <= PHONE["height"] + 1
+    assert pixels(page).any()
+
+
+def test_a_thousand_words_do_not_lag(open_report: Open) -> None:
+    medians = {}
+    for n in (10, 1000):
+        page = open_report(synthetic("word " * (n - 1) + "end", grid=(24, 24)))
+        assert page.locator(".token").count() == n
+        medians[n] = page.evaluate(
+            """() => {
+                const words = [...document.querySelectorAll(".token")].slice(-10);
+                const times = [];
+                for (let round = 0; round < 6; round++) {
+                    for (const [i, word] of words.entries()) {
+                        const start = performance.now();
+                        const place = { clientX: i, clientY: round, pointerType: "mouse", bubbles: true };
+                        word.dispatchEvent(new PointerEvent("pointerover", place));
+                        document.body.getBoundingClientRect(); // styles and layout count as well
+                        times.push(performance.now() - start);
+                    }
+                }
+                return times.sort((a, b) => a - b)[times.length / 2];
+            }"""
+        )
+        assert marked(page, "active") == [n - 1]
+    assert medians[1000] < 50, medians
+    assert medians[1000] < 20 * max(medians[10], 0.5), medians
+
+
+def test_a_notebook_cell_is_the_same_page(browser: Browser) -> None:
+    page = browser.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.set_content(f"<body>{notebook_html([synthetic(HOSTILE)])}</body>")
+    frame = page.frame_locator("iframe")
+    frame.locator(token(1)).click()
+    assert frame.locator(".token.pinned").count() == 1
+    assert frame.locator("#response").text_content() == HOSTILE
+    page.close()
+    assert complaints == []
