@@ -1,0 +1,1 @@
+"""What fastattr costs and how good its maps are. Nothing imports this package."""

@@ -1,0 +1,93 @@
+"""The result files as Markdown, for the README: `python -m benchmarks.table`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.record import RESULTS, read_jsonl
+
+Row = Mapping[str, Any]
+
+
+def ablation_table(header: Row, rows: Sequence[Row]) -> str:
+    """Methods at scales, then what one change to the base does."""
+    base = header["base"]
+    methods = markdown(
+        ("method", "scales", "Obj-IoU", "Func-IoU", "F1-IoU", "gain over one-scale TAM"),
+        (
+            (*row["value"].split(" ", 1), *_scores(row), _interval(row["gain_over_one_scale_tam"]))
+            for row in rows
+            if row["factor"] == "method x scales"
+        ),
+    )
+    changes = markdown(
+        ("change", "from", "to", "Obj-IoU", "Func-IoU", "F1-IoU", "gain over the base"),
+        (
+            (
+                f"`{row['factor']}`",
+                _plain(base[row["factor"]]),
+                row["value"],
+                *_scores(row),
+                _interval(row["gain_over_base"]),
+            )
+            for row in rows
+            if row["factor"] != "method x scales"
+        ),
+    )
+    first = rows[0]
+    counted = (
+        f"{first['scenes']} held-out scenes, {first['n_nouns']} nouns, {first['n_functions']} function words, "
+        f"{first['n_dropped']} dropped; intervals are {header['interval']}."
+    )
+    scales = _plain(base["scales"])
+    return f"{counted}\n\n{methods}\n\nOne change at a time to `{base['method']}` at scales {scales}:\n\n{changes}"
+
+
+def postprocessing_table(header: Row, rows: Sequence[Row]) -> str:
+    """The engine beside the naive loops."""
+    table = markdown(
+        ("method", "targets x image x context", "naive loops, CPU s", "engine, CPU s", "ratio"),
+        (
+            (
+                row["method"],
+                f"{row['n_targets']} x {row['n_image']} x {row['n_context']}",
+                f"{row['naive_cpu_s']:.1f}",
+                f"{row['engine_cpu_s']:.3f}",
+                f"{row['ratio']:.0f}x",
+            )
+            for row in rows
+        ),
+    )
+    return f"{header['cpu']}, {header['threads']} threads, torch {header['torch']}.\n\n{table}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _scores(row: Row) -> tuple[str, str, str]:
+    return f"{row['obj']:.3f}", f"{row['func']:.3f}", f"{row['f1']:.3f}"
+
+
+def _interval(gain: Row) -> str:
+    return f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "equal"
+    return " ".join(f"{each:g}" for each in value) if isinstance(value, list | tuple) else str(value)
+
+
+def main() -> None:
+    for name, table in (("ablation", ablation_table), ("postprocessing", postprocessing_table)):
+        path = RESULTS / f"{name}.jsonl"
+        if path.exists():
+            print(f"### {name}\n\n{table(*read_jsonl(path))}\n")
+
+
+if __name__ == "__main__":
+    main()
