@@ -165,7 +165,7 @@ def peak_box(maps: Tensor, extent: Box, size: tuple[int, int]) -> Box | None:
     width = max(frame.shape[1], round(covered_width * shrink))
     fine = F.interpolate(frame[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
-    inside = Image.fromarray(((fine >= BOX_LEVEL * fine.max()).to(torch.uint8) * 255).numpy())
+    inside = Image.fromarray(((fine >= BOX_LEVEL * fine.max()).to(torch.uint8) * 255).numpy()).copy()
     row, column = divmod(int(fine.argmax()), width)
     ImageDraw.floodfill(inside, (column, row), 128)
     found = inside.point([255 if value == 128 else 0 for value in range(256)]).getbbox()

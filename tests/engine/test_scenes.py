@@ -1,0 +1,90 @@
+"""Scenes are seeded, their masks exact, and what is said about them true."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastattr.demo import scenes
+
+SEEDS = st.integers(0, 2**31)
+
+
+@given(SEEDS)
+def test_equal_seeds_give_equal_scenes(seed: int) -> None:
+    one, other = scenes.make_scene(seed, 48), scenes.make_scene(seed, 48)
+    assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
+    assert np.array_equal(one.masks, other.masks)
+    assert one.objects == other.objects
+
+
+@given(SEEDS, st.sampled_from([(96, 96), (64, 96), (120, 80)]))
+def test_masks_are_disjoint_inside_and_where_the_object_is_said_to_be(seed: int, size: tuple[int, int]) -> None:
+    scene = scenes.make_scene(seed, *size)
+    assert 1 <= len(scene.objects) <= 4
+    assert scene.masks.shape == (len(scene.objects), *size)
+    assert scene.masks.sum(axis=0).max() <= 1
+    for item, mask in zip(scene.objects, scene.masks, strict=True):
+        assert mask.any()
+        rows, columns = np.nonzero(mask)
+        x, y = scenes.PLACES[item.place]
+        assert abs(columns.mean() / size[1] - x) < 0.12
+        assert abs(rows.mean() / size[0] - y) < 0.12
+
+
+@given(SEEDS)
+def test_pixels_under_a_mask_have_the_named_color(seed: int) -> None:
+    scene = scenes.make_scene(seed)
+    pixels = np.asarray(scene.image).astype(float)
+    for item, mask in zip(scene.objects, scene.masks, strict=True):
+        shown = np.median(pixels[mask], axis=0)
+        distance = {name: np.abs(shown - rgb).sum() for name, rgb in scenes.COLORS.items()}
+        assert min(distance, key=distance.__getitem__) == item.color
+
+
+@given(SEEDS)
+def test_large_objects_are_larger(seed: int) -> None:
+    scene = scenes.make_scene(seed)
+    extent = {"small": [], "large": []}  # type: dict[str, list[float]]
+    for item, mask in zip(scene.objects, scene.masks, strict=True):
+        rows, _ = np.nonzero(mask)
+        extent[item.size].append(np.ptp(rows) / scene.image.height)
+    assert max(extent["small"], default=0.0) < min(extent["large"], default=1.0)
+
+
+@given(SEEDS)
+def test_what_is_said_is_true(seed: int) -> None:
+    scene = scenes.make_scene(seed, 32)
+    names = {item.name for item in scene.objects}
+    for exchange in scenes.exchanges(scene, np.random.default_rng(seed)):
+        said = exchange.response
+        if said.startswith("No, there is no "):
+            assert said.removeprefix("No, there is no ").rstrip(".") not in names
+        elif said.startswith("Yes"):
+            assert any(name in said for name in names)
+        elif exchange.prompt == "How many objects are there?":
+            assert scenes.NUMBERS[len(scene.objects)] in said
+        elif exchange.prompt == "Describe the image.":
+            assert [said.index(item.full_name) for item in scene.objects] == sorted(
+                said.index(item.full_name) for item in scene.objects
+            )
+
+
+def test_shapes_are_told_apart_by_their_masks() -> None:
+    """At equal radius no two shapes cover the same pixels, so that the words mean something."""
+    covers = []
+    for shape in scenes.SHAPES:
+        item = scenes.SceneObject("red", shape, "large", "center", (0.5, 0.5), 0.16, (214, 38, 38))
+        coverage, _ = scenes._coverage(item, 192, 192)
+        covers.append(coverage >= 0.5)
+    for i, one in enumerate(covers):
+        for other in covers[i + 1 :]:
+            assert (one & other).sum() / (one | other).sum() < 0.85
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    item = scenes.SceneObject("red", "blob", "large", "center", (0.5, 0.5), 0.16, (214, 38, 38))
+    with pytest.raises(ValueError, match="unknown shape 'blob'"):
+        scenes._coverage(item, 64, 64)

@@ -1,0 +1,73 @@
+"""The bundled model: small, right often enough, and explained where its words stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastattr
+from fastattr.adapters import Model
+from fastattr.demo import scenes
+from fastattr.demo.evaluate import HELD_OUT, content_word_accuracy
+from fastattr.demo.train import HELD_OUT as TRAINED_BELOW
+
+SHAPES = Path(fastattr.__file__).parent / "demo" / "shapes"
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return fastattr.load("shapes")
+
+
+def test_it_is_small(model: Model) -> None:
+    assert sum(parameter.numel() for parameter in model.hf_model.parameters()) <= 4_000_000
+    assert (SHAPES / "model.safetensors").stat().st_size <= 8_000_000
+
+
+@pytest.mark.parametrize(("scale", "least"), [(1.0, 0.94), (1.5, 0.94), (2.0, 0.88)])
+def test_content_words_on_scenes_it_never_saw(model: Model, scale: float, least: float) -> None:
+    assert HELD_OUT > TRAINED_BELOW
+    assert content_word_accuracy(model, range(HELD_OUT, HELD_OUT + 40), scale)["all"] >= least
+
+
+def test_words_light_their_own_object(model: Model) -> None:
+    """The mass of a shape word's map lies on its object far more than the object's share of the picture."""
+    gains = []
+    for seed in range(HELD_OUT, HELD_OUT + 8):
+        scene = scenes.make_scene(seed)
+        said = scenes.describe(scene)
+        why = fastattr.attribute(model, scene.image, said.prompt, said.response, evidence=False)
+        for item, mask in zip(scene.objects, scene.masks, strict=True):
+            if sum(other.shape == item.shape for other in scene.objects) == 1:
+                heat = torch.nn.functional.interpolate(why[item.shape].map[None], size=mask.shape, mode="bilinear")[0, 0]
+                on_object = float(heat[torch.from_numpy(mask)].sum() / heat.sum().clamp(min=1e-9))
+                gains.append(on_object / mask.mean())
+    assert np.median(gains) > 4
+
+
+def test_evidence_tells_true_words_from_forced_false_ones(model: Model) -> None:
+    """The picture speaks for the colour that is there and against the one that is not."""
+    differences = []
+    for seed in range(HELD_OUT, HELD_OUT + 8):
+        scene = scenes.make_scene(seed, n_objects=1)
+        item = scene.objects[0]
+        wrong = next(color for color in scenes.COLORS if color != item.color)
+        prompt = f"What color is the {item.shape}?"
+        scores = [
+            fastattr.attribute(model, scene.image, prompt, f"The {item.shape} is {color}.", scales=(1.0,))[color].score
+            for color in (item.color, wrong)
+        ]
+        assert scores[0] is not None and scores[1] is not None
+        differences.append(scores[0] - scores[1])
+    assert np.median(differences) > 1.0
+
+
+def test_the_answer_can_be_generated_and_explained_again_from_its_ids(model: Model) -> None:
+    scene = scenes.make_scene(HELD_OUT)
+    said = fastattr.attribute(model, scene.image, "Describe the image.", max_new_tokens=24)
+    again = fastattr.attribute(model, scene.image, "Describe the image.", said.token_ids)
+    assert again.response == said.response
+    assert torch.equal(again.image[0], said.image[0])

@@ -1,0 +1,89 @@
+"""A result survives the round trip, and a failed save leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastattr import Attribution, SaveError
+from tests.engine.samples import make_attribution
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_round_trip(tmp_path: Path, pictures: bool) -> None:
+    why = make_attribution(grids=((1, 4, 6), (3, 2, 2)), pictures=pictures, evidence=pictures)
+    again = Attribution.load(why.save(tmp_path / "x.safetensors"))
+    for field in dataclasses.fields(Attribution):
+        ours, theirs = getattr(why, field.name), getattr(again, field.name)
+        if field.name == "image":
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        elif field.name == "pictures":
+            assert len(ours) == len(theirs)
+            assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        elif isinstance(ours, torch.Tensor):
+            assert torch.equal(ours, theirs), field.name
+        else:
+            assert ours == theirs, field.name
+
+
+def test_the_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    saved = make_attribution().save(tmp_path / "x.safetensors")
+    assert saved.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    path = make_attribution(seed=1).save(tmp_path / "x.safetensors")
+    before = path.read_bytes()
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SaveError, match=os.strerror(code)):
+        make_attribution(seed=2).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_save_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_attribution().save(tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_paths(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="cannot be written: No such file or directory"):
+        make_attribution().save(tmp_path / "missing" / "x.safetensors")
+    with pytest.raises(SaveError, match="is a directory"):
+        make_attribution().save(tmp_path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(SaveError, match="is not a file"):
+        Attribution.load(tmp_path / "nothing.safetensors")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(make_attribution().save(tmp_path / "x.safetensors").read_bytes()[:200])
+    with pytest.raises(SaveError, match="cannot be read as an attribution"):
+        Attribution.load(broken)
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(SaveError, match="has no 'fastattr' manifest"):
+        Attribution.load(tmp_path / "other.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "future.safetensors", metadata={"fastattr": '{"format": 99}'})
+    with pytest.raises(SaveError, match="format 99, this version reads 1"):
+        Attribution.load(tmp_path / "future.safetensors")
