@@ -29,6 +29,7 @@ class TamSlots:
         cleaned: `[slot image]`, after interference removal.
         text_scores: `[slot slot]`, the class of a slot at earlier slots and its own; 0 above the diagonal.
         image: for each image `[answer t h w]` in [0, 1], filtered.
+        context: `[answer slot]` in [0, 1], the text scores each map was normalised with.
         raw_range: `[answer 2]`.
         degenerate: bool `[answer]`.
     """
@@ -37,6 +38,7 @@ class TamSlots:
     cleaned: Tensor
     text_scores: Tensor
     image: tuple[Tensor, ...]
+    context: Tensor
     raw_range: Tensor
     degenerate: Tensor
 
@@ -83,4 +85,4 @@ def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True) -
     counted[0, 0] = True
     normalised = normalise_jointly(split_images(cleaned[shown], layout), text_scores[shown], counted[shown])
     image = tuple(ops.rank_gaussian(maps) for maps in normalised.image) if filtered else normalised.image
-    return TamSlots(raw, cleaned, text_scores, image, normalised.raw_range, normalised.degenerate)
+    return TamSlots(raw, cleaned, text_scores, image, normalised.context, normalised.raw_range, normalised.degenerate)

@@ -65,22 +65,18 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
         residual = sum_scales([r[:, None] for r in residuals], weights)[:, 0]
 
     normalised = normalise_jointly(maps, scores, causal)
-    image, raw_range, degenerate = normalised.image, normalised.raw_range, normalised.degenerate
-    if config.compat == "tam":
-        slots = tam_slots(base, head, filtered=False)
-        image, raw_range, degenerate = slots.image, slots.raw_range, slots.degenerate
-    if config.filter:
-        image = tuple(ops.rank_gaussian(each) for each in image)
-    check_finite(log_prob=log_prob, maps=raw_range)
+    shown = tam_slots(base, head, filtered=False) if config.compat == "tam" else normalised
+    image = tuple(ops.rank_gaussian(each) for each in shown.image) if config.filter else shown.image
+    check_finite(log_prob=log_prob, maps=shown.raw_range)
     return TokenMaps(
         image=tuple(each.cpu() for each in image),
-        context=normalised.context.cpu(),
+        context=shown.context.cpu(),
         relevance=None if coherent is None else coherent.cpu(),
         log_prob=log_prob[:, base_scale(config.scales)].cpu(),
         agreement=agreement.cpu(),
-        raw_range=raw_range.cpu(),
+        raw_range=shown.raw_range.cpu(),
         residual=residual.cpu(),
-        degenerate=degenerate.cpu(),
+        degenerate=shown.degenerate.cpu(),
     )
 
 

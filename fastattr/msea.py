@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +14,7 @@ from fastattr.types import AttributionConfig, Grid, TokenLayout
 
 def base_scale(scales: Sequence[float]) -> int:
     """Index of the scale nearest to 1: the model as it is used."""
-    return min(range(len(scales)), key=lambda s: abs(math.log(scales[s])))
+    return min(range(len(scales)), key=lambda s: abs(scales[s] - 1.0))
 
 
 def common_grids(layouts: Sequence[TokenLayout]) -> tuple[Grid, ...]:
@@ -47,10 +46,13 @@ def common_grids(layouts: Sequence[TokenLayout]) -> tuple[Grid, ...]:
 def scale_weights(agreement: Tensor, config: AttributionConfig) -> Tensor:
     """Weights of the scales, `[target scale]`, each row summing to one.
 
+    By default a scale weighs as many tokens as it shows an image with, `scale^2`: every image token counts
+    the same. Coarse maps are wide, and equal weights let them drown the fine ones.
+
     With `decision_weight` a scale counts, for each target, by how far the model makes the same decision
     there: its probability of the target relative to the base scale's, at most 1.
     """
-    given = config.scale_weights or (1.0,) * agreement.shape[1]
+    given = config.scale_weights or tuple(scale**2 for scale in config.scales)
     weights = torch.tensor(given, device=agreement.device).expand_as(agreement)
     if config.decision_weight:
         weights = weights * agreement.clamp(max=1.0)

@@ -33,7 +33,7 @@ class AttributionConfig:
         method: `lens` (activation alone), `tam` (interference weighted by activation) or `arc`
             (interference weighted by how differently a context token predicts).
         scales: image sizes relative to the model's own; several of them make it MSEA.
-        scale_weights: one weight a scale; equal when None.
+        scale_weights: one weight a scale; `scale^2`, the share of its image tokens, when None.
         decision_weight: weight each scale, per target, by how far the model still says the target there.
         aggregate: sum the scales `before` or `after` interference is removed.
         top_k: depth of the rankings compared (ARC).

@@ -385,10 +385,10 @@ def test_decision_weight_follows_where_the_model_says_the_same() -> None:
     lost = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     case = Case(head, (sure, lost), (ids, ids), (layout, layout), (1.0, 2.0))
 
-    even = case.attribute(method="lens", filter=False)
+    even = case.attribute(method="lens", filter=False, scale_weights=(1.0, 1.0))
     assert even.image[0].flatten().tolist() == [0.0, 0.0]  # 1/2 and 1/2: nothing stands out
     assert even.degenerate.tolist() == [True]
-    weighted = case.attribute(method="lens", filter=False, decision_weight=True)
+    weighted = case.attribute(method="lens", filter=False, decision_weight=True, scale_weights=(1.0, 1.0))
     said = np.exp(-3)  # p = 1/(1+e^-3) at scale 1 and e^-3/(1+e^-3) at scale 2
     assert weighted.agreement.tolist()[0] == pytest.approx([1.0, said], rel=1e-5)
     assert weighted.raw_range.tolist()[0] == pytest.approx([said / (1 + said), 1 / (1 + said)], rel=1e-5)
@@ -406,3 +406,16 @@ def test_compat_is_the_reference_on_other_layouts(case: Case, smooth: bool) -> N
     why = case.attribute(method="tam", compat="tam", filter=smooth)
     clear = why.raw_range.diff(dim=1)[:, 0].numpy() > NOISE
     np.testing.assert_allclose(why.image[0][:, 0].numpy()[clear], slots.maps[clear], atol=1e-3)
+
+
+def test_by_default_every_image_token_counts_the_same() -> None:
+    """At scale 2 an image has four times the tokens, so that scale weighs four times as much."""
+    head = OutputHead(torch.eye(2))
+    layout = TokenLayout.from_spans(images=[(0, 2, (1, 1, 2))], prompt=[], response=(3, 4))
+    ids = torch.tensor([1, 1, 1, 0])
+    left = torch.tensor([[1.0, 0.0], [0.0, 0.0], [3.0, 0.0]])
+    right = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
+    case = Case(head, (left, right), (ids, ids), (layout, layout), (1.0, 2.0))
+    why = case.attribute(method="lens", filter=False)
+    low, high = why.raw_range[0].tolist()
+    assert [round(low, 6), round(high, 6)] == [0.2, 0.8]

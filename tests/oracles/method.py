@@ -206,7 +206,7 @@ def explain(
         earlier = range(n_prompt + t)
         if method == "arc":
             related[t, : n_prompt + t] = [relevance(rankings[n_prompt + t], rankings[j], p) for j in earlier]
-        omega = list(scale_weights) if scale_weights is not None else [1.0] * len(readings)
+        omega = list(scale_weights) if scale_weights is not None else [r.scale**2 for r in readings]
         if decision_weight:
             omega = [weight * min(1.0, agreed) for weight, agreed in zip(omega, agreement[t], strict=True)]
         omega = [weight / sum(omega) for weight in omega]
