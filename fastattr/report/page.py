@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastattr.errors import InputError
 from fastattr.report.picture import color_table, frames, quantise
-from fastattr.report.publish import publish
+from fastattr.storage import whole_file
 from fastattr.types import Attribution, AttributionConfig
 
 PNG_UP_TO = 512  # pixels of the longer side; larger pictures are embedded as JPEG
@@ -41,7 +41,10 @@ def write_html(attributions: Sequence[Attribution], path: str | Path) -> Path:
         InputError: there is no attribution, or they do not explain the same response.
         SaveError: the path cannot be written.
     """
-    return publish(path, _page(attributions).encode())
+    page = _page(attributions).encode()
+    with whole_file(path) as file:
+        file.write(page)
+    return Path(path)
 
 
 def notebook_html(attributions: Sequence[Attribution]) -> str:

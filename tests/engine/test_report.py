@@ -246,7 +246,7 @@ def test_writes_return_the_path_and_replace_what_was_there(tmp_path: Path, write
 def test_a_path_that_cannot_be_written_is_a_clear_error(tmp_path: Path, write, place: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(SaveError, match=f"cannot write .*{place}: .*give the path of a file in a folder that exists"):
+    with pytest.raises(SaveError, match=f"{place}' cannot be written: .*choose a folder that exists and is writable"):
         write(synthetic("one"), tmp_path / place)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "kept"
