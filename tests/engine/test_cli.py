@@ -1,0 +1,128 @@
+"""What a person types and sees."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import fastattr
+from fastattr.cli import main
+from fastattr.demo import scenes
+from tests.engine.samples import make_attribution
+
+SEED = 30_000_000
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.png"
+    scenes.make_scene(SEED).image.save(path)
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Exit code of `fastattr WORDS...`."""
+    monkeypatch.setattr(sys, "argv", ["fastattr", *map(str, words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    code = caught.value.code
+    return code if isinstance(code, int) else 0
+
+
+def test_demo_writes_a_report_and_names_what_it_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo.html"
+    assert run(monkeypatch, "demo", "--out", out, "--seed", SEED, "--no-open") == 0
+    shown = capsys.readouterr().out
+    truth = scenes.make_scene(SEED).objects
+    assert any(item.shape in shown for item in truth)
+    assert str(out) in shown
+    assert "<html" in out.read_text()
+
+
+@pytest.mark.parametrize("suffix", ["html", "safetensors", "png", "json"])
+def test_explain_writes_every_format(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    out = tmp_path / f"x.{suffix}"
+    words = ("explain", picture, "--prompt", "List the objects.", "--response", "a red circle.", "--scales", "1,2")
+    assert run(monkeypatch, *words, "--out", out, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["response"] == "a red circle."
+    assert printed["scales"] == [1.0, 2.0]
+    assert [token["token"] for token in printed["tokens"]] == ["a", " red", " circle", "."]
+    assert all(token["evidence"] is not None for token in printed["tokens"])
+    if suffix == "safetensors":
+        assert fastattr.Attribution.load(out).response == "a red circle."
+    elif suffix == "json":
+        stored = json.loads(out.read_text())
+        assert [len(stored["image"][0]), len(stored["context"])] == [4, 4]
+    elif suffix == "png":
+        with Image.open(out) as sheet:
+            assert sheet.width > 100
+
+
+def test_several_methods_make_one_report(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("explain", picture, "--response", "a circle", "--scales", "1", "--method", "arc", "--method", "tam")
+    assert run(monkeypatch, *words, "--out", tmp_path / "x.html") == 0
+    page = (tmp_path / "x.html").read_text()
+    assert "arc" in page and "tam" in page
+    assert run(monkeypatch, *words, "--out", tmp_path / "x.png") == 2
+
+
+def test_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = make_attribution().save(tmp_path / "x.safetensors")
+    assert run(monkeypatch, "show", saved, "--out", tmp_path / "x.html") == 0
+    shown = capsys.readouterr().out
+    assert "A red circle and a red circle." in shown
+    assert "note: made up" in shown
+    assert (tmp_path / "x.html").stat().st_size > 1000
+
+
+def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "models") == 0
+    table = capsys.readouterr().out
+    assert "qwen2_vl" in table and "gemma3" in table
+    assert run(monkeypatch, "models", "--json") == 0
+    rows = {row["model_type"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["gemma3"]["scales"] == "1 only"
+    assert rows["qwen2_5_vl"]["scales"] == "any"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("explain", "{picture}", "--scales", "1,x"), "--scales is '1,x', expected numbers"),
+        (("explain", "{picture}", "--scales", "0"), "scales holds 0.0, expected numbers above 0"),
+        (("explain", "{picture}", "--out", "x.txt"), "ends in '.txt', expected .html, .safetensors, .png or .json"),
+        (("explain", "missing.png",), "image 'missing.png' is not a file"),
+        (("explain", "{picture}", "--model", "no-such-folder/model"), "no model can be loaded from 'no-such-folder/model'"),
+        (("explain", "{picture}", "--prompt", " "), "the prompt is ' ', expected some text"),
+        (("explain", "{picture}", "--out", "missing/x.html", "--response", "a"), "'missing/x.html' cannot be written"),
+        (("show", "missing.safetensors"), "'missing.safetensors' is not a file"),
+    ],
+)
+def test_errors_are_one_clear_line(
+    tmp_path: Path,
+    picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(word.format(picture=picture) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["scene.png"]
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    assert {"demo", "explain", "show", "models"} <= set(capsys.readouterr().out.split())
