@@ -39,7 +39,7 @@ BASE = AttributionConfig(method="arc", scales=(1.0, 1.5, 2.0), evidence=False)
 METHODS: tuple[Method, ...] = ("lens", "tam", "arc")
 SCALES = ((1.0,), (1.5,), (2.0,), (1.0, 1.5), (1.0, 2.0), (1.0, 1.5, 2.0), (1.0, 1.25, 1.5, 1.75, 2.0))
 ONE_AT_A_TIME: Mapping[str, Sequence[Any]] = {
-    "scale_weights": ((3.0, 2.0, 1.0), (1.0, 2.0, 3.0)),
+    "scale_weights": ((1.0, 1.0, 1.0), (3.0, 2.0, 1.0), (1.0, 2.0, 3.0), (1.0, 4.0, 16.0)),
     "decision_weight": (True,),
     "aggregate": ("after",),
     "arc_weight": ("relevance",),

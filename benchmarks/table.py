@@ -44,6 +44,21 @@ def ablation_table(header: Row, rows: Sequence[Row]) -> str:
     return f"{counted}\n\n{methods}\n\nOne change at a time to `{base['method']}` at scales {scales}:\n\n{changes}"
 
 
+IN_SHORT = ("tam 1", "arc 1", "lens 1 1.5 2", "tam 1 1.5 2", "arc 1 1.5 2", "lens 2", "tam 2", "arc 2")
+
+
+def ablation_summary(header: Row, rows: Sequence[Row]) -> str:
+    """The rows a reader wants first: one scale, several, and the largest alone as a control."""
+    chosen = {row["value"]: row for row in rows if row["factor"] == "method x scales"}
+    return markdown(
+        ("method", "scales", "Obj-IoU", "Func-IoU", "F1-IoU", "F1 over one-scale TAM, 95 % interval"),
+        (
+            (*name.split(" ", 1), *_scores(chosen[name]), _interval(chosen[name]["gain_over_one_scale_tam"]))
+            for name in IN_SHORT
+        ),
+    )
+
+
 def postprocessing_table(header: Row, rows: Sequence[Row]) -> str:
     """The engine beside the naive loops."""
     table = markdown(
@@ -78,7 +93,7 @@ def _interval(gain: Row) -> str:
 
 def _plain(value: object) -> str:
     if value is None:
-        return "equal"
+        return "scale^2"
     return " ".join(f"{each:g}" for each in value) if isinstance(value, list | tuple) else str(value)
 
 

@@ -1,0 +1,56 @@
+"""The README is true: its code prints what it says, its tables are those of the results, its tree is the tree."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import RESULTS, read_jsonl
+from benchmarks.table import ablation_summary, postprocessing_table
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_code_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(blocks("python")[0], {})
+    assert printed.getvalue() == blocks("text")[0]
+    assert (tmp_path / "why.html").is_file()
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    assert ablation_summary(*read_jsonl(RESULTS / "ablation.jsonl")) in README
+    assert postprocessing_table(*read_jsonl(RESULTS / "postprocessing.jsonl")) in README
+
+
+def test_the_tree_is_the_tree() -> None:
+    folders: list[str] = []
+    named = set()
+    for line in blocks("tree")[0].splitlines():
+        name = line.strip().split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folders[:depth], name.rstrip("/")]
+        path = ROOT.joinpath(*folders)
+        assert path.is_dir() if name.endswith("/") else path.is_file(), f"{path} is in the README but not there"
+        named.add(path)
+    hidden = {"__pycache__", "shapes", "results", "data"}
+    for path in (ROOT / "fastattr").iterdir():
+        if path.name not in hidden and path.suffix in ("", ".py"):
+            assert path in named, f"{path} is not in the README's tree"
+
+
+def test_links_and_pictures_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
