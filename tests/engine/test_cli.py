@@ -100,8 +100,17 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         (("explain", "{picture}", "--scales", "1,x"), "--scales is '1,x', expected numbers"),
         (("explain", "{picture}", "--scales", "0"), "scales holds 0.0, expected numbers above 0"),
         (("explain", "{picture}", "--out", "x.txt"), "ends in '.txt', expected .html, .safetensors, .png or .json"),
-        (("explain", "missing.png",), "image 'missing.png' is not a file"),
-        (("explain", "{picture}", "--model", "no-such-folder/model"), "no model can be loaded from 'no-such-folder/model'"),
+        (
+            (
+                "explain",
+                "missing.png",
+            ),
+            "image 'missing.png' is not a file",
+        ),
+        (
+            ("explain", "{picture}", "--model", "no-such-folder/model"),
+            "no model can be loaded from 'no-such-folder/model'",
+        ),
         (("explain", "{picture}", "--prompt", " "), "the prompt is ' ', expected some text"),
         (("explain", "{picture}", "--out", "missing/x.html", "--response", "a"), "'missing/x.html' cannot be written"),
         (("show", "missing.safetensors"), "'missing.safetensors' is not a file"),
