@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 32 * 2**20  # logits of one chunk of the vocabulary
+CHUNK_BYTES = 32 * 2**20  # of logits, and of output embeddings as float32, for one chunk of the vocabulary
 ROUNDING = 1e-6  # relative error of a float32 map after its context is subtracted
 GROUP = 32  # columns whose maximum bounds the top-k
 
@@ -81,7 +81,7 @@ def lm_head_topk(
     if not 1 <= k <= vocab:
         raise ValueError(f"k is {k}, expected 1 to {vocab}, the number of ids in the vocabulary")
     positions = hidden.shape[0]
-    width = max(k, CHUNK_BYTES // (4 * max(1, positions)))
+    width = max(k, CHUNK_BYTES // (4 * max(1, *hidden.shape)))
     best_ids = torch.empty(positions, 0, dtype=torch.int64, device=hidden.device)
     best_values = torch.empty(positions, 0, dtype=torch.float32, device=hidden.device)
     for start in range(0, vocab, width):
@@ -139,7 +139,7 @@ def lm_head_log_prob(
         float32 `[position]`.
     """
     vocab = weight.shape[0] if valid_vocab is None else valid_vocab
-    width = max(1, CHUNK_BYTES // (4 * max(1, hidden.shape[0])))
+    width = max(1, CHUNK_BYTES // (4 * max(1, *hidden.shape)))
     total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
     for start in range(0, vocab, width):
         stop = min(vocab, start + width)
