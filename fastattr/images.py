@@ -88,13 +88,21 @@ def read_image(image: ImageLike) -> Image.Image:
         return _to_rgb(image, "the PIL image")
     if isinstance(image, str | Path):
         path = Path(image)
-        if not path.is_file():
+        try:
+            exists = path.is_file()
+        except OSError as error:  # for example encoded bytes as text, too long for a path
+            raise ImageError(f"image {str(path)[:80]!r}... cannot be a path: {error.strerror}") from error
+        if not exists:
             raise ImageError(f"image {str(path)!r} is not a file")
         return _decode(path, f"image {str(path)!r}")
     if isinstance(image, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(bytes(image)), f"the image of {len(image)} bytes")
     if hasattr(image, "__array__"):
-        return _from_array(np.asarray(image))
+        try:
+            array = np.asarray(image)
+        except (TypeError, RuntimeError) as error:  # a tensor on a device, with a gradient, or in bfloat16
+            raise ImageError(f"the {type(image).__name__} cannot be read as an array: {error}") from error
+        return _from_array(array)
     raise ImageError(f"image is a {type(image).__name__}, expected a path, a PIL image, an array or encoded bytes")
 
 
@@ -140,6 +148,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         if upright.mode.startswith("I"):  # 16 or 32 bits of grey
             values = np.asarray(upright)
             upright = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
+        if upright.mode == "F":
+            return _from_array(np.asarray(upright))
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             layers = upright.convert("RGBA")
             upright = Image.alpha_composite(Image.new("RGBA", layers.size, (255, 255, 255, 255)), layers)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastattr.adapters.families import extent_of
-from fastattr.adapters.model import Model
+from fastattr.adapters.families import extent_of, grids_of
+from fastattr.adapters.hooks import unwrap_peft
+from fastattr.adapters.model import Model, accepts
 from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
 from fastattr.images import Visual
 from fastattr.text import decode_tokens
@@ -52,7 +53,7 @@ def encode(model: Model, visuals: Sequence[Visual], prompt: str, *, scale: float
     A video is shown as its frames, one image each, and comes back as one group `(t, h, w)`.
 
     Raises:
-        InputError: the prompt is empty.
+        InputError: the prompt is empty or holds an image placeholder, or the processor has no chat template.
         ImageError: the processor refuses an image.
         ScaleError: the images cannot be shown at this scale.
         TokenLayoutError: the processor's tokens do not fit its grids.
@@ -61,49 +62,79 @@ def encode(model: Model, visuals: Sequence[Visual], prompt: str, *, scale: float
         raise InputError(
             f"the prompt is {prompt!r}, expected some text: it is the context the response is read against"
         )
+    if bool((_tokenise(model, prompt) == model.image_token_id).any()):
+        raise InputError(
+            f"the prompt {prompt!r} holds the image placeholder, which the chat template writes for every image by itself; "
+            "expected text only"
+        )
     frames = [frame for visual in visuals for frame in visual.frames]
     content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": prompt}]
-    text = model.processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    text = _render(model, content)
     inputs, grids = _process(model, text, frames)
     if scale != 1.0:
         inputs, grids = _process_scaled(model, text, frames, grids, scale)
     input_ids = inputs.pop("input_ids")[0].to(model.device)
-    extents = [(len(visual.frames), extent_of(model.family, visual.size)) for visual in visuals]
+    extents = [(len(visual.frames), extent_of(model.family, model.processor, visual.size)) for visual in visuals]
     groups = group_images(input_ids, model, extents, grids)
     positions = user_text(model, prompt, input_ids)
     inputs.pop("attention_mask", None)  # one unpadded sequence needs none
-    return EncodedExample(input_ids, {k: v.to(model.device) for k, v in inputs.items()}, groups, positions, scale)
+    model_inputs = {
+        name: value.to(model.device, model.hf_model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+    return EncodedExample(input_ids, model_inputs, groups, positions, scale)
 
 
 def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Tensor:
     """Response ids `[target]` on the model's device. Text is tokenised without special tokens; ids are kept as they are.
 
     Raises:
-        InputError: the response is empty or holds ids outside the vocabulary.
+        InputError: the response is empty, or holds ids outside the vocabulary or the image placeholder.
     """
     if isinstance(response, str):
-        encoded = model.processor.tokenizer(response, add_special_tokens=False)
-        ids = torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
+        ids = _tokenise(model, response)
         if not response.strip() or len(ids) == 0:
             raise InputError(
                 f"the response is {response!r}, expected some text; pass None to let the model generate one"
             )
     else:
-        ids = torch.as_tensor(response).flatten()
+        try:
+            ids = torch.as_tensor(response).flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(response).__name__
+            raise InputError(f"the response is a {kind}, expected text or token ids: {error}") from error
         if len(ids) == 0:
             raise InputError("the response holds no token ids; pass None to let the model generate one")
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise InputError(f"the response ids are {ids.dtype}, expected whole numbers")
         ids = ids.long()
-    vocab = model.head.weight.shape[0]
+    vocab = model.head.vocab
     wrong = ids[(ids < 0) | (ids >= vocab)]
     if len(wrong):
         raise InputError(
             f"the response holds ids {wrong[:5].tolist()}, expected 0 to {vocab - 1}, the model's vocabulary"
         )
+    if bool((ids == model.image_token_id).any()):
+        raise InputError(
+            f"the response holds the image placeholder (id {model.image_token_id}), which stands for an image and is "
+            "never said; expected text tokens only"
+        )
     return ids.to(model.device)
+
+
+def _render(model: Model, content: list[dict[str, str]]) -> str:
+    """The chat in which the user says `content` and the model is about to answer."""
+    messages = [{"role": "user", "content": content}]
+    try:
+        return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except ValueError as error:
+        raise InputError(f"{type(model.processor).__name__} cannot render the chat: {error}") from error
+
+
+def _tokenise(model: Model, text: str) -> Tensor:
+    """Ids `[n]` of plain text, without special tokens around it."""
+    encoded = model.processor.tokenizer(text, add_special_tokens=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
 
 
 # --- images at a scale -----------------------------------------------------------------------------
@@ -114,10 +145,7 @@ def _process(
 ) -> tuple[dict[str, Tensor], list[Grid]]:
     """Call the processor; returns its inputs, with as many placeholders as the images have tokens, and the grids."""
     chosen = {**(model.family.always or {}), **options}
-    bos = getattr(model.processor.tokenizer, "bos_token", None)
-    if bos and text.startswith(bos):
-        chosen["add_special_tokens"] = False  # the template has written it already
-    chosen = {name: value for name, value in chosen.items() if _accepts(model.processor, name)}
+    chosen = {name: value for name, value in chosen.items() if accepts(model.processor.__call__, name)}
     try:
         produced = model.processor(text=[text], images=list(frames), return_tensors="pt", **chosen)
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
@@ -126,17 +154,26 @@ def _process(
             f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}"
         ) from error
     inputs = {name: value for name, value in produced.items() if isinstance(value, Tensor)}
-    grids = model.family.grids(model.config, inputs)
+    if "input_ids" not in inputs:
+        raise TokenLayoutError(
+            f"{type(model.processor).__name__} returned {', '.join(produced) or 'nothing'}, expected input_ids and what "
+            "the model takes of an image, as tensors"
+        )
+    grids = grids_of(model.family, model.config, inputs)
+    _drop_repeated_bos(inputs, model.processor.tokenizer)
     _fit_placeholders(inputs, model.image_token_id, [math.prod(grid) for grid in grids])
     kind = model.family.token_types
-    if kind is not None:
+    if kind in inspect.signature(unwrap_peft(model.hf_model).forward).parameters:  # older transformers find out
         inputs[kind] = (inputs["input_ids"] == model.image_token_id).long()
     return inputs, grids
 
 
-def _accepts(processor: Any, option: str) -> bool:
-    parameters = inspect.signature(processor.__call__).parameters.values()
-    return any(p.name == option or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:
+    """Keep one beginning-of-sequence token where the chat template writes it and the tokenizer adds another."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    ids = inputs["input_ids"]
+    if bos is not None and ids[0, :2].tolist() == [bos, bos]:
+        inputs.update({name: value[:, 1:] for name, value in inputs.items() if value.shape == ids.shape})
 
 
 def _process_scaled(
@@ -158,7 +195,7 @@ def _process_scaled(
     resized = [_resize(frame, h * cell, w * cell, model) for frame, (h, w) in zip(frames, wanted, strict=True)]
     size = (max(h for h, _ in wanted) * cell, max(w for _, w in wanted) * cell)
     attempts: list[dict[str, Any]] = [{}]
-    if _accepts(model.processor, "size"):
+    if accepts(model.processor.__call__, "size"):
         attempts.append(model.family.enlarge(model.processor, size))
     grids: list[Grid] = []
     for options in attempts:
@@ -183,22 +220,23 @@ def _resize(frame: Image.Image, height: int, width: int, model: Model) -> Image.
 def _fit_placeholders(inputs: dict[str, Tensor], image_token_id: int, counts: Sequence[int]) -> None:
     """Give every image as many placeholders as it has tokens, where a processor writes a fixed number."""
     ids = inputs["input_ids"][0].tolist()
-    if ids.count(image_token_id) == sum(counts):
+    places = [i for i, token in enumerate(ids) if token == image_token_id]
+    if len(places) == sum(counts):
         return
-    runs = [i for i, token in enumerate(ids) if token == image_token_id and (i == 0 or ids[i - 1] != image_token_id)]
-    if len(runs) != len(counts):
+    written = len(places) // max(1, len(counts))  # for every image the same number
+    starts = places[::written] if written else []
+    if len(places) != written * len(counts) or any(
+        ids[start : start + written] != [image_token_id] * written for start in starts
+    ):
         raise TokenLayoutError(
-            f"input_ids holds {ids.count(image_token_id)} image tokens (id {image_token_id}) in {len(runs)} runs but the "
-            f"images' grids need {list(counts)}"
+            f"input_ids holds {len(places)} image tokens (id {image_token_id}) but the images' grids need {list(counts)}"
         )
     fitted: list[int] = []
-    image = 0
-    for i, token in enumerate(ids):
-        if token != image_token_id:
-            fitted.append(token)
-        elif i in runs:
-            fitted += [image_token_id] * counts[image]
-            image += 1
+    done = 0
+    for start, count in zip(starts, counts, strict=False):
+        fitted += ids[done:start] + [image_token_id] * count
+        done = start + written
+    fitted += ids[done:]
     inputs["input_ids"] = torch.tensor([fitted])
 
 
@@ -238,7 +276,7 @@ def group_images(
 
 
 def user_text(model: Model, prompt: str, input_ids: Tensor) -> tuple[int, ...]:
-    """Positions of the tokens that write `prompt`, by the characters each token decodes to.
+    """Positions of the tokens that write `prompt`, by the characters each token decodes to; its last occurrence counts.
 
     Raises:
         TokenLayoutError: the prompt is not in the text, for example because the chat template rewrites it.
@@ -246,10 +284,19 @@ def user_text(model: Model, prompt: str, input_ids: Tensor) -> tuple[int, ...]:
     kept = (input_ids != model.image_token_id).nonzero().flatten().tolist()
     decoded = decode_tokens(input_ids[kept].tolist(), model.decode)
     shown = prompt.strip()
-    first = decoded.text.rfind(shown)
+    first = decoded.text.rfind(shown, 0, len(decoded.text.removesuffix(_closing(model))))
     if first < 0:
         raise TokenLayoutError(
             f"the prompt {shown!r} is not in the text the model reads, {decoded.text!r}, so its tokens cannot be found"
         )
     last = first + len(shown)
     return tuple(kept[i] for i, (start, stop) in enumerate(decoded.spans) if start < last and stop > first)
+
+
+def _closing(model: Model) -> str:
+    """What the chat template writes after the user's text, where a prompt like "assistant" must not be looked for."""
+    probe = "\N{ASTERISM}"
+    try:
+        return _render(model, [{"type": "text", "text": probe}]).rpartition(probe)[2]
+    except InputError:  # no template: a captured chat was written by hand
+        return ""

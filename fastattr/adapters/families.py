@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastattr.errors import UnsupportedModelError
+from fastattr.errors import TokenLayoutError, UnsupportedModelError
 from fastattr.types import WHOLE_IMAGE, Box, Grid
 
 Inputs = Mapping[str, Tensor]
@@ -32,9 +32,8 @@ class Family:
         cell: `config -> pixels`, the side of the square one image token covers.
         enlarge: `(processor, size) -> options` for showing an image at `size`; None if it cannot be.
         always: processor options used at every scale.
-        square: whether every image is squeezed or cropped to a square.
         interpolates: the vision tower must be told to interpolate its position embeddings.
-        crops: whether the processor keeps the centre only.
+        crops: whether the processor may keep the centre only, see `extent_of`.
         token_types: the name of the model input that marks image tokens, where the model needs it.
     """
 
@@ -43,7 +42,6 @@ class Family:
     cell: Callable[[Config], int]
     enlarge: Callable[[Any, Size], dict[str, Any]] | None
     always: Mapping[str, Any] | None = None
-    square: bool = False
     interpolates: bool = False
     crops: bool = False
     token_types: str | None = None
@@ -127,8 +125,25 @@ def _pixel_budget(processor: Any, size: Size) -> dict[str, Any]:
 
 
 def _square_crop(processor: Any, size: Size) -> dict[str, Any]:
-    side = max(size)
-    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    square = {"height": max(size), "width": max(size)}
+    if not _keeps_centre(processor):
+        return {"size": square}
+    return {"size": {"shortest_edge": max(size)}, "crop_size": square}
+
+
+def _image_half(processor: Any) -> Any:
+    return getattr(processor, "image_processor", None)
+
+
+def _keeps_centre(processor: Any) -> bool:
+    """Whether the shorter side is resized and the centre cropped, as in LLaVA-1.5, rather than everything squeezed.
+
+    A processor that does not show its image half is taken to crop.
+    """
+    images = _image_half(processor)
+    if images is None:
+        return True
+    return bool(getattr(images, "do_center_crop", False)) and "shortest_edge" in images.size
 
 
 def _square_tile(processor: Any, size: Size) -> dict[str, Any]:
@@ -144,14 +159,13 @@ def _idefics_tile(processor: Any, size: Size) -> dict[str, Any]:
 
 _QWEN = Family("Qwen2-VL, Qwen2.5-VL", _grids_from_thw, _merged_patch, _pixel_budget, token_types="mm_token_type_ids")
 _PIXTRAL = Family("LLaVA with Pixtral, Mistral3", _grids_from_sizes, _merged_patch, _longest_edge)
-_CLIP = Family("LLaVA-1.5", _llava_grids, _patch, _square_crop, square=True, interpolates=True, crops=True)
+_CLIP = Family("LLaVA-1.5", _llava_grids, _patch, _square_crop, interpolates=True, crops=True)
 _IDEFICS = Family(
     "Idefics3, SmolVLM",
     _grids_from_pixels(_idefics_cell),
     _idefics_cell,
     _idefics_tile,
     always={"do_image_splitting": False},
-    square=True,
 )
 _INTERNVL = Family(
     "InternVL",
@@ -159,9 +173,8 @@ _INTERNVL = Family(
     _internvl_cell,
     _square_tile,
     always={"crop_to_patches": False},
-    square=True,
 )
-_GEMMA = Family("Gemma3", _fixed_square, _gemma_cell, None, square=True, token_types="token_type_ids")
+_GEMMA = Family("Gemma3", _fixed_square, _gemma_cell, None, token_types="token_type_ids")
 
 FAMILIES: Mapping[str, Family] = {
     "qwen2_vl": _QWEN,
@@ -198,10 +211,36 @@ def family_of(config: Config) -> Family:
     return family
 
 
-def extent_of(family: Family, size: Size) -> Box:
-    """The part of a picture of `size` that its grid covers."""
-    if not family.crops:
-        return WHOLE_IMAGE
+def grids_of(family: Family, config: Config, inputs: Inputs) -> list[Grid]:
+    """The grid of every image in the model's inputs, in order.
+
+    Raises:
+        TokenLayoutError: the inputs lack what the grid is read from.
+    """
+    try:
+        return family.grids(config, inputs)
+    except KeyError as missing:
+        raise TokenLayoutError(
+            f"{family.name} reads its grids from {missing}, but the model's inputs are {', '.join(inputs) or 'empty'}: "
+            "the processor must return what the model takes, as tensors, and the prompt must show an image"
+        ) from missing
+
+
+def extent_of(family: Family, processor: Any, size: Size) -> Box:
+    """The part of a picture of `size` that its grid covers.
+
+    Raises:
+        UnsupportedModelError: the processor pads pictures, so that the grid covers more than the picture.
+    """
     height, width = size
+    if not family.crops or height == width:
+        return WHOLE_IMAGE
+    if getattr(_image_half(processor), "do_pad", None):
+        raise UnsupportedModelError(
+            f"{type(processor).__name__} pads pictures to a square, expected one that crops or squeezes them; turn "
+            "do_pad off, or pad the picture yourself"
+        )
+    if not _keeps_centre(processor):
+        return WHOLE_IMAGE
     side = min(height, width)
     return ((1 - side / width) / 2, (1 - side / height) / 2, (1 + side / width) / 2, (1 + side / height) / 2)

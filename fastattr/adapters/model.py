@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,18 @@ class Model:
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of ids, special tokens kept."""
-        return list(self.processor.batch_decode(rows, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        options = {name: value for name, value in wanted.items() if accepts(self.processor.batch_decode, name)}
+        return list(self.processor.batch_decode(rows, **options))
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.family.name}, {self.head.weight.shape[0]} ids)"
+
+
+def accepts(call: Callable[..., Any], option: str) -> bool:
+    """Whether `call` can be given `option` by name."""
+    parameters = inspect.signature(call).parameters.values()
+    return any(p.name == option or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Model:

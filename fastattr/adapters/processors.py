@@ -42,7 +42,8 @@ class ComposedProcessor:
         expanded = pieces[0] + "".join(self.expand(image_inputs, i) + piece for i, piece in enumerate(pieces[1:]))
         # the template has written the special tokens already
         encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
-        encoded.update(image_inputs)
+        taken = self.image_processor.model_input_names  # what is left over only tells how text is expanded
+        encoded.update({name: value for name, value in image_inputs.items() if name in taken})
         return encoded
 
 
@@ -55,20 +56,41 @@ def load_processor(source: str | Path) -> Any:
     from transformers import AutoConfig, AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(source)
-    except (ImportError, ValueError, OSError) as error:
+        processor = AutoProcessor.from_pretrained(source)
+        return _complete(processor, source) if getattr(processor, "patch_size", 0) is None else processor
+    except (ImportError, ValueError, OSError, TypeError) as error:  # TypeError: transformers 5.0 without torchvision
         from transformers.utils import is_torchvision_available
 
         if is_torchvision_available():
             raise
         model_type = AutoConfig.from_pretrained(source).model_type
-        compose = {"qwen2_vl": _qwen, "qwen2_5_vl": _qwen, "llava": _pixtral, "mistral3": _pixtral}.get(model_type)
+        compose = _COMPOSE.get(model_type)
         if compose is None:
+            reason = " ".join(str(error).split())
             raise UnsupportedModelError(
-                f"the processor of {str(source)!r} ({model_type}) needs torchvision: {error}. Install torchvision, or pass "
-                "your own processor to wrap"
+                f"the processor of {str(source)!r} ({model_type}) cannot be loaded without torchvision ({reason}); install "
+                "torchvision, or pass your own processor to wrap"
             ) from error
         return compose(source)
+
+
+def _complete(processor: Any, source: str | Path) -> Any:
+    """Old LLaVA directories leave out what the processor must know of its model."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    if config.vision_config.model_type == "pixtral":
+        return _pixtral(source)
+    processor.patch_size = config.vision_config.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    processor.num_additional_image_tokens = 1 if config.vision_feature_select_strategy == "default" else 0
+    return processor
+
+
+def _images(source: str | Path, **options: Any) -> Any:
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(source, **options)
 
 
 def _tokenizer(source: str | Path) -> Any:
@@ -78,9 +100,7 @@ def _tokenizer(source: str | Path) -> Any:
 
 
 def _qwen(source: str | Path) -> ComposedProcessor:
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+    image_processor = _images(source)
     token = "<|image_pad|>"
 
     def expand(inputs: Any, index: int) -> str:
@@ -91,12 +111,11 @@ def _qwen(source: str | Path) -> ComposedProcessor:
 
 def _pixtral(source: str | Path) -> ComposedProcessor:
     from transformers import AutoConfig
-    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
     config = AutoConfig.from_pretrained(source)
     merge = getattr(config, "spatial_merge_size", 1)
     cell = config.vision_config.patch_size * merge
-    image_processor = PixtralImageProcessorPil.from_pretrained(source, patch_size={"height": cell, "width": cell})
+    image_processor = _images(source, patch_size={"height": cell, "width": cell})
     token = "[IMG]"
 
     def expand(inputs: Any, index: int) -> str:
@@ -104,3 +123,33 @@ def _pixtral(source: str | Path) -> ComposedProcessor:
         return "[IMG_BREAK]".join([token * width] * height) + "[IMG_END]"
 
     return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
+
+
+def _smolvlm(source: str | Path) -> ComposedProcessor:
+    image_processor = _images(source)
+    token, around = "<image>", "<fake_token_around_image>"
+
+    def expand(inputs: Any, index: int) -> str:
+        return f"{around}<global-img>{token}{around}"  # one placeholder: `encode` gives it as many as the grid needs
+
+    return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
+
+
+def _internvl(source: str | Path) -> ComposedProcessor:
+    image_processor = _images(source)
+    token = "<IMG_CONTEXT>"
+
+    def expand(inputs: Any, index: int) -> str:
+        return f"<img>{token}</img>"
+
+    return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
+
+
+_COMPOSE: dict[str, Callable[[str | Path], ComposedProcessor]] = {
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+    "llava": _pixtral,
+    "mistral3": _pixtral,
+    "smolvlm": _smolvlm,
+    "internvl": _internvl,
+}

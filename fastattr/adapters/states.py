@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample, group_images, user_text
-from fastattr.adapters.families import extent_of
+from fastattr.adapters.families import extent_of, grids_of
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
 from fastattr.adapters.model import Model
 from fastattr.errors import InputError
@@ -31,7 +31,11 @@ def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> T
     """
     inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    sequence = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)[0]
+    # padding rows of the output embeddings and the placeholder of images are no text
+    never = [model.image_token_id, *range(model.head.vocab, len(model.head.weight))]
+    sequence = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=never)[
+        0
+    ]
     response = sequence[len(encoded.input_ids) :]
     ends = model.hf_model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -44,7 +48,6 @@ def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> T
     return response
 
 
-@torch.no_grad()
 def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer: int = -1) -> ScaleStates:
     """States of prompt and response from one forward that keeps a single layer and no logits but the last.
 
@@ -58,6 +61,7 @@ def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer
     return ScaleStates(hidden, ids, encoded.layout(len(response_ids)), encoded.scale)
 
 
+@torch.no_grad()
 def _forward(
     hf_model: Any, fed_ids: Tensor, model_inputs: Mapping[str, Tensor], layer: int, interpolate: bool
 ) -> Tensor:
@@ -80,14 +84,14 @@ class CapturedStates:
     Attributes:
         model: what was captured.
         model_inputs: what the model was given besides `input_ids`.
-        prompt_length: tokens before the response.
+        prompt_ids: `[n]`, what it was given; None until it runs.
         fed: ids of every step, `[1 n]` each.
         hidden: states of every step, `[1 n dim]` each.
     """
 
     model: Model
     model_inputs: dict[str, Tensor] = field(default_factory=dict)
-    prompt_length: int = 0
+    prompt_ids: Tensor | None = None
     fed: list[Tensor] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
 
@@ -97,17 +101,22 @@ class CapturedStates:
 
         return attribute_captured(self, out, **options)
 
+    def prompt(self) -> Tensor:
+        """Ids `[n]` that the model was given.
+
+        Raises:
+            InputError: nothing was captured.
+        """
+        if self.prompt_ids is None or not self.fed:
+            raise InputError("nothing was captured: call generate of the captured model inside the with block")
+        return self.prompt_ids
+
     def read(self, sequence: Tensor) -> tuple[Tensor, str]:
         """`hidden_states [seq - 1, dim]` of `sequence [seq]`, and `capture` or `replay`.
 
         Falls back to one forward where the captured steps are not exactly the sequence (beams,
         assisted decoding, no cache, a hook lost to compilation).
-
-        Raises:
-            InputError: nothing was captured.
         """
-        if not self.fed:
-            raise InputError("nothing was captured: call generate of the captured model inside the with block")
         complete = all(each.shape[0] == 1 for each in (*self.fed, *self.hidden))
         if complete:
             fed, hidden = torch.cat(self.fed, dim=1)[0], torch.cat(self.hidden, dim=1)[0]
@@ -128,21 +137,33 @@ def captured_reading(
     Without `prompt`, every token before the response that is no image and no special token counts as user text.
 
     Raises:
-        InputError: nothing was captured, or `out` holds several sequences.
+        InputError: nothing was captured, `out` is not one sequence that begins with the captured prompt, or the
+            images are not as many as were captured.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     model = states.model
-    sequences = out if isinstance(out, Tensor) else out.sequences
+    sequences = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
+    if not isinstance(sequences, Tensor):
+        raise InputError(f"out is a {type(out).__name__}, expected what generate returned: sequences [1 seq]")
     if sequences.ndim != 2 or sequences.shape[0] != 1:
         raise InputError(
             f"generate returned sequences {list(sequences.shape)}, expected [1 seq]; explain them one at a time"
         )
-    sequence = sequences[0]
+    prefill = states.prompt()
+    sequence = sequences[0].to(prefill.device)
+    start = len(prefill)
+    if not torch.equal(sequence[:start], prefill):
+        raise InputError(
+            f"out holds {len(sequence)} tokens that do not begin with the {start} tokens the captured model was given; "
+            "pass what generate returned, with the prompt in front"
+        )
     hidden, source = states.read(sequence)
-    start = states.prompt_length
-    prefill = sequence[:start]
-    grids = model.family.grids(model.config, states.model_inputs)
-    extents = [(len(v.frames), extent_of(model.family, v.size)) for v in visuals] or [(1, WHOLE_IMAGE)] * len(grids)
+    grids = grids_of(model.family, model.config, states.model_inputs)
+    n_frames = sum(len(visual.frames) for visual in visuals)
+    if visuals and n_frames != len(grids):
+        raise InputError(f"image holds {n_frames} images, but generate was given {len(grids)}; pass the same, or none")
+    shown = [(len(v.frames), extent_of(model.family, model.processor, v.size)) for v in visuals]
+    extents = shown or [(1, WHOLE_IMAGE)] * len(grids)
     groups = group_images(prefill, model, extents, grids)
     if prompt is None:
         special = {*model.processor.tokenizer.all_special_ids, model.image_token_id}
@@ -160,14 +181,16 @@ def capture(model: Model) -> Iterator[CapturedStates]:
             out = hf_model.generate(**inputs)
         why = states.attribute(out)
 
-    No hook is left behind, also after an exception.
+    One block captures one `generate`, so that states can never be those of another image. No hook is left behind,
+    also after an exception.
     """
     states = CapturedStates(model)
     base = unwrap_peft(model.hf_model)
-    generate = base.generate
+    generate, own = base.generate, base.__dict__.get("generate")
+    runs = 0
 
     def keep_given(ids: Tensor, kwargs: Mapping[str, Any]) -> None:
-        states.prompt_length = ids.shape[1]
+        states.prompt_ids = ids[0].detach()
         states.model_inputs = {
             name: value
             for name, value in kwargs.items()
@@ -176,14 +199,23 @@ def capture(model: Model) -> Iterator[CapturedStates]:
         }
 
     def recording(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs > 1:
+            raise InputError("generate ran twice in one capture block, expected once; open a block for each run")
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        if ids is None:
+            raise InputError(
+                f"generate was given {', '.join(kwargs) or 'nothing'}, expected input_ids: fastattr reads ids"
+            )
         # generate may encode the images before the first forward, so its own arguments are what counts
-        keep_given(kwargs["input_ids"] if inputs is None else inputs, kwargs)
+        keep_given(ids, kwargs)
         return generate(inputs, *args, **kwargs)
 
     def keep_fed(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is not None:
-            if not states.prompt_length:  # a decoding loop of the user's own
+            if states.prompt_ids is None:  # a decoding loop of the user's own
                 keep_given(ids, kwargs)
             states.fed.append(ids.detach())
 
@@ -193,5 +225,8 @@ def capture(model: Model) -> Iterator[CapturedStates]:
         with record_output(decoder_of(base)) as states.hidden:
             yield states
     finally:
-        del base.generate
+        if own is None:
+            del base.generate
+        else:
+            base.generate = own
         handle.remove()

@@ -1,0 +1,303 @@
+"""`load` and `wrap`: from a directory or from objects, and responses in every form, to maps at three scales."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+import fastattr
+from fastattr import adapters
+from fastattr.adapters.processors import ComposedProcessor
+from tests.engine import family_models as tiny
+from tests.engine.family_models import ANSWER, PROMPT, Tiny, picture
+
+SCALES = (1.0, 1.5, 2.0)
+
+
+def saved(directory: Path, held: Tiny, image_processor: Any, processor_class: str | None) -> Path:
+    """A model's directory as on the hub: weights, image processor and tokenizer, which name a joint processor class."""
+    held.hf_model.save_pretrained(directory)
+    held.processor.tokenizer.save_pretrained(directory)
+    image_processor.save_pretrained(directory)
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        settings = json.loads((directory / name).read_text())
+        (directory / name).write_text(json.dumps({**settings, "processor_class": processor_class}))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def qwen() -> fastattr.Model:
+    held = tiny.qwen2_vl()
+    return fastattr.wrap(held.hf_model, held.processor)
+
+
+# --- load ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("processor_class", [None, "Qwen2VLProcessor"])
+def test_load_composes_qwens_processor(tmp_path: Path, kind: str, processor_class: str | None) -> None:
+    held = tiny.TINY[kind]()
+    directory = saved(tmp_path, held, tiny.qwen_image_processor(96 * 96), processor_class)
+    model = fastattr.load(directory)
+    assert isinstance(model.processor, ComposedProcessor)
+    assert model.name == str(directory)
+    check_like(model, held)
+
+
+@pytest.mark.parametrize(("kind", "cell"), [("mistral3", 16), ("llava_pixtral", 8)])
+@pytest.mark.parametrize("processor_class", [None, "PixtralProcessor"])
+def test_load_composes_pixtrals_processor(tmp_path: Path, kind: str, cell: int, processor_class: str | None) -> None:
+    """Rows are broken by `[IMG_BREAK]`, which takes no part; the patch size saved is the tower's, not the merged one."""
+    held = tiny.TINY[kind]()
+    directory = saved(tmp_path, held, tiny.pixtral_image_processor(tiny.PATCH, longest_edge=400), processor_class)
+    model = fastattr.load(directory)
+    assert isinstance(model.processor, ComposedProcessor)
+    check_like(model, Tiny(held.hf_model, tiny.pixtral_duck(cell)))
+
+    encoded = adapters.encode(model, fastattr.images.read_visuals(picture()), PROMPT)
+    (group,) = encoded.groups
+    _, height, width = group.grid
+    first, last = group.positions[0], group.positions[-1]
+    tokens = model.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids[first : last + 2])
+    assert tokens == [*(["[IMG]"] * width + ["[IMG_BREAK]"]) * (height - 1), *["[IMG]"] * width, "[IMG_END]"]
+
+
+@pytest.mark.parametrize("processor_class", [None, "SmolVLMProcessor"])
+def test_load_composes_smolvlms_processor(tmp_path: Path, processor_class: str | None) -> None:
+    held = tiny.smolvlm()
+    check_like(fastattr.load(saved(tmp_path, held, held.processor.images, processor_class)), held)
+
+
+@pytest.mark.parametrize("processor_class", [None, "InternVLProcessor"])
+def test_load_composes_internvls_processor(tmp_path: Path, processor_class: str | None) -> None:
+    held = tiny.internvl()
+    assert isinstance(held.processor.images, GotOcr2ImageProcessorPil)
+    check_like(fastattr.load(saved(tmp_path, held, held.processor.images, processor_class)), held)
+
+
+def test_load_completes_an_old_llava_processor(tmp_path: Path) -> None:
+    """Directories from before transformers 4.46 do not say what the processor must know of its model."""
+    held = tiny.llava_clip()
+    check_like(fastattr.load(saved(tmp_path, held, held.processor.image_processor, "LlavaProcessor")), held)
+
+
+@pytest.mark.parametrize("kind", ["llava_clip", "idefics3"])
+def test_load_takes_a_joint_processor_as_it_is(tmp_path: Path, kind: str) -> None:
+    held = tiny.TINY[kind]()
+    held.hf_model.save_pretrained(tmp_path)
+    held.processor.save_pretrained(tmp_path)
+    model = fastattr.load(tmp_path)
+    assert type(model.processor) is type(held.processor)
+    check_like(model, held)
+
+
+def check_like(model: fastattr.Model, held: Tiny) -> None:
+    """What was loaded gives the maps that the objects give, and can answer by itself."""
+    assert not model.hf_model.training
+    ours = fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=SCALES)
+    expected = fastattr.attribute(
+        fastattr.wrap(held.hf_model, held.processor), picture(), PROMPT, ANSWER, scales=SCALES
+    )
+    assert ours.grids == expected.grids and len(ours.grids) == 3
+    assert ours.context_tokens == expected.context_tokens
+    torch.testing.assert_close(ours.image[0], expected.image[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.evidence, expected.evidence, rtol=1e-4, atol=1e-4)
+    assert len(fastattr.attribute(model, picture(), PROMPT, scales=SCALES, max_new_tokens=3)) == 3
+
+
+def test_load_in_another_dtype(tmp_path: Path) -> None:
+    held = tiny.qwen2_vl()
+    saved(tmp_path, held, tiny.qwen_image_processor(96 * 96), None)
+    model = fastattr.load(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert model.head.weight.dtype == torch.bfloat16
+    assert fastattr.attribute(model, picture(), PROMPT, ANSWER).image[0].isfinite().all()
+
+
+def test_a_directory_that_holds_nothing(tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(
+            fastattr.InputError, match=r"no model can be loaded from .*expected shapes, a directory written by"
+        ):
+            fastattr.load(source)
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    held = tiny.qwen2_vl()
+    held.hf_model.config.save_pretrained(tmp_path)
+    with pytest.raises(fastattr.InputError, match="no model can be loaded from"):
+        fastattr.load(tmp_path)
+
+
+def test_a_directory_without_a_processor(tmp_path: Path) -> None:
+    held = tiny.qwen2_vl()
+    held.hf_model.save_pretrained(tmp_path)
+    with pytest.raises(fastattr.InputError, match="no model can be loaded from"):
+        fastattr.load(tmp_path)
+
+
+def test_a_directory_of_a_text_only_model(tmp_path: Path) -> None:
+    transformers.LlamaConfig(vocab_size=8).save_pretrained(tmp_path)
+    with pytest.raises(fastattr.UnsupportedModelError, match="'llama' has no vision_config"):
+        fastattr.load(tmp_path)
+
+
+# --- wrap ----------------------------------------------------------------------------------------------------------
+
+
+def test_somebodys_tiny_qwen_and_a_duck_typed_processor() -> None:
+    held = tiny.qwen2_vl()
+    why = fastattr.attribute(fastattr.wrap(held.hf_model, held.processor), picture(), PROMPT, ANSWER, scales=SCALES)
+    assert why.grids == (((1, 4, 6),), ((1, 6, 9),), ((1, 8, 12),))
+    assert why.image[0].shape == (len(why.tokens), 1, 8, 12)
+    assert why.agreement.shape == (len(why.tokens), 3)
+    assert why.tokens == ("The", " red", " circle", " is", " at", " the", " top", " left", ".")
+    assert why.model == "Qwen2VLForConditionalGeneration"
+    assert why.source == "replay"
+
+
+def test_wrap_names_the_model_as_asked() -> None:
+    held = tiny.qwen2_vl()
+    assert fastattr.wrap(held.hf_model, held.processor, name="mine").name == "mine"
+
+
+# --- responses -----------------------------------------------------------------------------------------------------
+
+
+def test_text_ids_and_tensors_are_one_response(qwen: fastattr.Model) -> None:
+    ids = qwen.processor.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    forms = (ANSWER, ids, tuple(ids), torch.tensor(ids), torch.tensor([ids], dtype=torch.int32))
+    results = [fastattr.attribute(qwen, picture(), PROMPT, form, scales=(1.0,)) for form in forms]
+    for why in results:
+        assert why.token_ids == tuple(ids)
+        assert len(why.tokens) == len(ids) == len(why.image[0])
+        torch.testing.assert_close(why.image[0], results[0].image[0])
+
+
+def test_ids_are_never_tokenised_again(qwen: fastattr.Model) -> None:
+    """Letters one by one are not how this text would be tokenised."""
+    letters = qwen.processor.tokenizer.convert_tokens_to_ids(list("red"))
+    assert len(qwen.processor.tokenizer("red")["input_ids"]) < 3
+    why = fastattr.attribute(qwen, picture(), PROMPT, letters, scales=(1.0,))
+    assert why.token_ids == tuple(letters) and why.response == "red" and why.tokens == ("r", "e", "d")
+
+
+def test_a_text_response_gets_no_special_tokens() -> None:
+    held = tiny.llava_clip()  # its tokenizer begins every text with <s>
+    why = fastattr.attribute(fastattr.wrap(held.hf_model, held.processor), picture(), PROMPT, ANSWER, scales=(1.0,))
+    assert why.response == ANSWER
+    assert held.processor.tokenizer("a")["input_ids"][0] == held.processor.tokenizer.bos_token_id not in why.token_ids
+
+
+@pytest.mark.parametrize("kind", list(tiny.TINY))
+def test_the_model_answers_when_no_response_is_given(kind: str) -> None:
+    held = tiny.TINY[kind]()
+    model = fastattr.wrap(held.hf_model, held.processor)
+    why = fastattr.attribute(model, picture(), PROMPT, scales=(1.0,), max_new_tokens=4)
+    encoded = adapters.encode(model, fastattr.images.read_visuals(picture()), PROMPT)
+    assert len(why.token_ids) == 4
+
+    ids = encoded.input_ids  # greedy by hand, one full forward a token
+    for said in why.token_ids:
+        states = adapters.replay(model, encoded, torch.cat([ids[len(encoded.input_ids) :], torch.tensor([said])]))
+        logits = states.hidden_states[-1] @ model.head.weight[: model.head.vocab].T
+        logits[model.image_token_id] = -torch.inf
+        assert int(logits.argmax()) == said
+        ids = torch.cat([ids, torch.tensor([said])])
+
+
+def test_the_end_token_is_no_part_of_the_answer(qwen: fastattr.Model) -> None:
+    held = tiny.qwen2_vl()
+    model = fastattr.wrap(held.hf_model, held.processor)
+    three = fastattr.attribute(model, picture(), PROMPT, scales=(1.0,), max_new_tokens=3).token_ids
+    assert three[2] not in three[:2]
+    held.hf_model.generation_config.eos_token_id = three[2]
+    assert fastattr.attribute(model, picture(), PROMPT, scales=(1.0,), max_new_tokens=9).token_ids == three[:2]
+
+
+def test_a_model_that_answers_nothing(qwen: fastattr.Model) -> None:
+    held = tiny.qwen2_vl()
+    model = fastattr.wrap(held.hf_model, held.processor)
+    (first,) = fastattr.attribute(model, picture(), PROMPT, scales=(1.0,), max_new_tokens=1).token_ids
+    held.hf_model.generation_config.eos_token_id = [first]
+    with pytest.raises(
+        fastattr.InputError, match="answers nothing to this prompt, so there is nothing to explain; pass a resp"
+    ):
+        fastattr.attribute(model, picture(), PROMPT, scales=(1.0,))
+
+
+@pytest.mark.parametrize("response", ["", "  \n", [], torch.zeros(0, dtype=torch.long), torch.zeros(1, 0)])
+def test_an_empty_response(qwen: fastattr.Model, response: Any) -> None:
+    with pytest.raises(fastattr.InputError, match="pass None to let the model generate one"):
+        fastattr.attribute(qwen, picture(), PROMPT, response)
+
+
+@pytest.mark.parametrize("ids", [[-1, 5], [5, 100_000]])
+def test_ids_outside_the_vocabulary(qwen: fastattr.Model, ids: list[int]) -> None:
+    wrong = next(i for i in ids if i != 5)
+    with pytest.raises(
+        fastattr.InputError, match=rf"ids \[{wrong}\], expected 0 to {qwen.head.vocab - 1}, the model's vocab"
+    ):
+        fastattr.attribute(qwen, picture(), PROMPT, ids)
+
+
+def test_ids_in_the_padding_of_the_output_embeddings(qwen: fastattr.Model) -> None:
+    assert qwen.head.vocab < len(qwen.head.weight)
+    with pytest.raises(fastattr.InputError, match="expected 0 to"):
+        fastattr.attribute(qwen, picture(), PROMPT, [len(qwen.head.weight) - 1])
+
+
+def test_an_image_placeholder_in_the_response(qwen: fastattr.Model) -> None:
+    for response in ("a <|image_pad|> b", [5, qwen.image_token_id]):
+        with pytest.raises(fastattr.InputError, match=r"the response holds the image placeholder .* never said"):
+            fastattr.attribute(qwen, picture(), PROMPT, response)
+
+
+def test_responses_that_are_no_ids(qwen: fastattr.Model) -> None:
+    with pytest.raises(fastattr.InputError, match=r"the response ids are torch.float32, expected whole numbers"):
+        fastattr.attribute(qwen, picture(), PROMPT, [0.5, 1.0])  # type: ignore[list-item]
+    with pytest.raises(fastattr.InputError, match=r"the response ids are torch.bool"):
+        fastattr.attribute(qwen, picture(), PROMPT, torch.tensor([True]))
+    with pytest.raises(fastattr.InputError, match="the response is a list, expected text or token ids"):
+        fastattr.attribute(qwen, picture(), PROMPT, ["The", "red"])  # type: ignore[list-item]
+
+
+# --- prompts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t"])
+def test_an_empty_prompt(qwen: fastattr.Model, prompt: str) -> None:
+    with pytest.raises(fastattr.InputError, match=r"the prompt is .*, expected some text"):
+        fastattr.attribute(qwen, picture(), prompt, ANSWER)
+
+
+def test_a_prompt_with_white_space_around(qwen: fastattr.Model) -> None:
+    why = fastattr.attribute(qwen, picture(), f"\n {PROMPT} ", ANSWER, scales=(1.0,))
+    assert "".join(why.context_tokens[: -len(why.tokens)]).strip() == PROMPT
+
+
+def test_a_prompt_that_says_what_the_template_says(qwen: fastattr.Model) -> None:
+    """The word `user` also stands in the template; the user's own comes later."""
+    why = fastattr.attribute(qwen, picture(), "user", ANSWER, scales=(1.0,))
+    assert why.context_tokens[: -len(why.tokens)] == ("user",)
+    encoded = adapters.encode(qwen, fastattr.images.read_visuals(picture()), "user")
+    assert encoded.prompt[0] > encoded.groups[0].positions[-1]
+
+
+def test_a_prompt_that_holds_a_placeholder(qwen: fastattr.Model) -> None:
+    with pytest.raises(fastattr.InputError, match="holds the image placeholder, which the chat template writes"):
+        fastattr.attribute(qwen, picture(), "What is <|image_pad|>?", ANSWER)
+
+
+def test_letters_of_several_tokens(qwen: fastattr.Model) -> None:
+    """Byte-level tokens that share one letter all carry it."""
+    why = fastattr.attribute(qwen, picture(), "Is it ü or 😀?", "ü 😀", scales=(1.0,))
+    assert why.response == "ü 😀"
+    assert all(why.response[start:stop] == token for token, (start, stop) in zip(why.tokens, why.spans, strict=True))
+    assert "ü" in why.tokens and any("😀" in token for token in why.tokens)
