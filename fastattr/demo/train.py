@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dense-steps", type=int, default=1500)
     parser.add_argument("--language-steps", type=int, default=3000)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dense-from", type=Path, help="skip stage 1 and start from its saved result")
     arguments = parser.parse_args()
