@@ -15,6 +15,7 @@ from fastattr.errors import ImageError
 
 ImageLike = Any  # a path, PIL image, uint8 or float array, or encoded bytes
 MAX_DISPLAY_SIDE = 1024
+BLANK = (128, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,8 @@ class Visual:
         )
 
     def blank(self) -> Visual:
-        """The same sizes, every frame filled with its mean colour."""
-        filled = []
-        for frame in self.frames:
-            mean = np.asarray(frame, np.float64).reshape(-1, 3).mean(axis=0)
-            red, green, blue = (round(float(value)) for value in mean)
-            filled.append(Image.new("RGB", frame.size, (red, green, blue)))
-        return Visual(tuple(filled))
+        """The same sizes, nothing to see: middle grey. (The picture's mean colour would give its background away.)"""
+        return Visual(tuple(Image.new("RGB", frame.size, BLANK) for frame in self.frames))
 
 
 def read_visuals(image: ImageLike | Sequence[ImageLike]) -> tuple[Visual, ...]:

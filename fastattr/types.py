@@ -42,7 +42,7 @@ class AttributionConfig:
         context: which earlier tokens may count as interference.
         layer: -1 is the last; another one is read through the final norm.
         filter: apply the rank-Gaussian filter.
-        evidence: run one more forward with the image blanked.
+        evidence: run one more forward with the image blanked to middle grey.
         compat: `"tam"` reproduces the reference TAM with its quirks.
     """
 

@@ -66,6 +66,14 @@ def test_evidence_tells_true_words_from_forced_false_ones(model: Model) -> None:
     assert np.median(differences) > 1.0
 
 
+def test_the_background_is_seen_too(model: Model) -> None:
+    """Blanking the picture must not leave its colour behind."""
+    scene = next(s for s in map(scenes.make_scene, range(HELD_OUT, HELD_OUT + 50)) if s.background == "brown")
+    said = "The background is brown."
+    why = fastattr.attribute(model, scene.image, "What color is the background?", said, scales=(1.0,))
+    assert why["brown"].score is not None and why["brown"].score > 1.0
+
+
 def test_the_answer_can_be_generated_and_explained_again_from_its_ids(model: Model) -> None:
     scene = scenes.make_scene(HELD_OUT)
     said = fastattr.attribute(model, scene.image, "Describe the image.", max_new_tokens=24)
