@@ -15,7 +15,7 @@ from fastattr.adapters.encode import EncodedExample, group_images, user_text
 from fastattr.adapters.families import extent_of, grids_of
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
 from fastattr.adapters.model import Model
-from fastattr.errors import InputError
+from fastattr.errors import InputError, StatesError
 from fastattr.images import Visual
 from fastattr.types import WHOLE_IMAGE, ScaleStates, TokenLayout
 
@@ -72,7 +72,16 @@ def _forward(
         for name, value in model_inputs.items()
     }
     with record_output(module) as seen, interpolated_positions(hf_model, interpolate):
-        hf_model(input_ids=fed_ids[None], **inputs, use_cache=False, logits_to_keep=1)
+        try:
+            hf_model(input_ids=fed_ids[None], **inputs, use_cache=False, logits_to_keep=1)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+            raise StatesError(
+                f"{type(hf_model).__name__} fails on {len(fed_ids)} tokens with {shapes}: {error}; some models cannot "
+                "read images this small or this large"
+            ) from error
     states = seen[-1][0]
     return states if norm is None else norm(states)
 

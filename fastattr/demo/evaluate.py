@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--scenes", type=int, default=500)
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0])
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 0.67, 0.83, 1.0, 1.5, 2.0])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     model = load(arguments.model)

@@ -313,11 +313,11 @@ def hooks(hf_model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def failing(module: nn.Module) -> Iterator[None]:
+def failing(module: nn.Module, error: Exception) -> Iterator[None]:
     """Let the module raise in its forward."""
 
     def fail(_module: nn.Module, _inputs: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise error
 
     handle = module.register_forward_pre_hook(fail)
     try:
@@ -334,7 +334,12 @@ def test_no_hook_is_left_behind(family: str, model: fastattr.Model) -> None:
 
     scaled, response = read(model, scale=scales_of(family)[-1])
     decoder: Any = decoder_of(model.hf_model)
-    with failing(decoder.layers[-1]), pytest.raises(RuntimeError, match="out of memory"):
+    memory = torch.OutOfMemoryError("out of memory")  # the caller may want to retry: it passes as it is
+    with failing(decoder.layers[-1], memory), pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        adapters.replay(model, scaled, response)
+    assert hooks(model.hf_model) == []
+
+    with failing(decoder.layers[-1], IndexError("odd")), pytest.raises(fastattr.StatesError, match="fails on .*: odd"):
         adapters.replay(model, scaled, response)
     assert hooks(model.hf_model) == []
 
