@@ -339,7 +339,7 @@ def test_no_hook_is_left_behind(family: str, model: fastattr.Model) -> None:
         adapters.replay(model, scaled, response)
     assert hooks(model.hf_model) == []
 
-    with failing(decoder.layers[-1], IndexError("odd")), pytest.raises(fastattr.StatesError, match="fails on .*: odd"):
+    with failing(decoder.layers[-1], IndexError("odd")), pytest.raises(fastattr.StatesError, match=r"fails on .*: odd"):
         adapters.replay(model, scaled, response)
     assert hooks(model.hf_model) == []
 

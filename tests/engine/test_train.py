@@ -56,7 +56,7 @@ def test_the_fast_vision_path_is_the_librarys(processor: Any) -> None:
     model = build_model(processor.tokenizer)
     check_fast_path(model, processor)
     with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.bias.fill_(torch.nan)
+        model.model.multi_modal_projector.linear_2.weight.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="differs from transformers"):
         check_fast_path(model, processor)
 
