@@ -26,9 +26,8 @@ def relevance(states: ScaleStates, head: OutputHead, *, top_k: int, rbo_p: float
     if top_k > head.vocab:
         raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
     layout = states.layout
-    hidden = states.hidden_states[torch.tensor(layout.context_predictors, device=states.hidden_states.device)]
     rankings, _ = ops.lm_head_topk(
-        hidden,
+        states.predictions,
         head.weight,
         top_k,
         head.bias,

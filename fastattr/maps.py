@@ -51,10 +51,9 @@ def class_activations(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> T
 
 def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
     """Log-probability (nats) of every target where it was predicted, `[target]`."""
-    hidden = states.hidden_states
     start, stop = states.layout.response
     return ops.lm_head_log_prob(
-        hidden[_index(states.layout.predictors, hidden)],
+        states.predictions[len(states.layout.prompt) :],
         head.weight,
         states.input_ids[start:stop],
         head.bias,

@@ -277,7 +277,7 @@ def _finish(
     layout, ids = readings[0].layout, readings[0].input_ids.tolist()
     start, stop = layout.response
     response = decode_tokens(ids[start:stop], decode)
-    prompt_tokens = tuple(decode([[ids[position]] for position in layout.prompt]))
+    prompt_tokens = decode_tokens([ids[position] for position in layout.prompt], decode).tokens
     return Attribution(
         response=response.text,
         tokens=response.tokens,

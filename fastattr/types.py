@@ -40,7 +40,8 @@ class AttributionConfig:
         rbo_p: persistence of the rank-biased overlap; larger looks deeper (ARC).
         arc_weight: `product` is activation times `1 - relevance`; `relevance` is `1 - relevance` alone.
         context: which earlier tokens may count as interference.
-        layer: -1 is the last; another one is read through the final norm.
+        layer: -1 is the last; another one is read through the final norm. Predictions (rankings, probabilities,
+            evidence) are always the model's own.
         filter: apply the rank-Gaussian filter.
         evidence: run one more forward with the image blanked to middle grey.
         compat: `"tam"` reproduces the reference TAM with its quirks.
@@ -250,14 +251,23 @@ class ScaleStates:
     """One teacher-forced reading of prompt and response at one image scale.
 
     Attributes:
-        hidden_states: `[seq dim]` with `seq >= response stop - 1`, exactly what the output head consumes.
+        hidden_states: `[seq dim]` with `seq >= response stop - 1`, through the final norm: where classes are read.
         input_ids: int `[seq]`.
+        last_states: `[seq dim]`, exactly what the output head consumes, where `hidden_states` is of an
+            earlier layer; None where it is the same.
     """
 
     hidden_states: Tensor
     input_ids: Tensor
     layout: TokenLayout
     scale: float = 1.0
+    last_states: Tensor | None = None
+
+    @property
+    def predictions(self) -> Tensor:
+        """`[context dim]`: what the model predicts with where each context token is read; the targets' come last."""
+        states = self.hidden_states if self.last_states is None else self.last_states
+        return states[torch.tensor(self.layout.context_predictors, device=states.device)]
 
 
 @dataclass(frozen=True)

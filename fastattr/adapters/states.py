@@ -49,29 +49,35 @@ def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> T
 
 
 def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer: int = -1) -> ScaleStates:
-    """States of prompt and response from one forward that keeps a single layer and no logits but the last.
+    """States of prompt and response from one forward that keeps only the layers asked for and the last logits.
 
     Returns:
-        `hidden_states [seq - 1, dim]`: the last response token is never fed.
+        `hidden_states [seq - 1, dim]`: the last response token is never fed. Of an earlier layer it comes with
+        the last layer's states beside it.
     """
     ids = torch.cat([encoded.input_ids, response_ids])
-    hidden = _forward(
-        model.hf_model, ids[:-1], encoded.model_inputs, layer, model.family.interpolates and encoded.scale != 1.0
-    )
-    return ScaleStates(hidden, ids, encoded.layout(len(response_ids)), encoded.scale)
+    interpolate = model.family.interpolates and encoded.scale != 1.0
+    last, chosen = _forward(model.hf_model, ids[:-1], encoded.model_inputs, layer, interpolate)
+    layout = encoded.layout(len(response_ids))
+    return ScaleStates(chosen, ids, layout, encoded.scale, last_states=None if chosen is last else last)
 
 
 @torch.no_grad()
 def _forward(
     hf_model: Any, fed_ids: Tensor, model_inputs: Mapping[str, Tensor], layer: int, interpolate: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """States `[seq dim]` of the last layer and of `layer` through the final norm, from one forward."""
     module, norm = layer_modules(hf_model, layer)
     inputs = {
         # per-token inputs (token types) grow with the sequence; what follows the prompt is text
         name: nn.functional.pad(value, (0, len(fed_ids) - value.shape[1])) if name.endswith("token_type_ids") else value
         for name, value in model_inputs.items()
     }
-    with record_output(module) as seen, interpolated_positions(hf_model, interpolate):
+    with (
+        record_output(decoder_of(hf_model)) as last,
+        record_output(module) as chosen,
+        interpolated_positions(hf_model, interpolate),
+    ):
         try:
             hf_model(input_ids=fed_ids[None], **inputs, use_cache=False, logits_to_keep=1)
         except torch.OutOfMemoryError:
@@ -82,8 +88,8 @@ def _forward(
                 f"{type(hf_model).__name__} fails on {len(fed_ids)} tokens with {shapes}: {error}; some models cannot "
                 "read images this small or this large"
             ) from error
-    states = seen[-1][0]
-    return states if norm is None else norm(states)
+    final = last[-1][0]
+    return final, final if norm is None else norm(chosen[-1][0])
 
 
 @dataclass
@@ -135,7 +141,8 @@ class CapturedStates:
         logger.warning(
             "captured %d states where %d are expected; reading them again in one forward", rows, len(sequence) - 1
         )
-        return _forward(self.model.hf_model, sequence[:-1], self.model_inputs, -1, interpolate=False), "replay"
+        last, _ = _forward(self.model.hf_model, sequence[:-1], self.model_inputs, -1, interpolate=False)
+        return last, "replay"
 
 
 def captured_reading(

@@ -80,3 +80,14 @@ def test_the_answer_can_be_generated_and_explained_again_from_its_ids(model: Mod
     again = fastattr.attribute(model, scene.image, "Describe the image.", said.token_ids)
     assert again.response == said.response
     assert torch.equal(again.image[0], said.image[0])
+
+
+def test_an_earlier_layer_moves_the_maps_and_never_the_predictions(model: Model) -> None:
+    scene = scenes.make_scene(HELD_OUT)
+    said = scenes.describe(scene)
+    last, earlier = (
+        fastattr.attribute(model, scene.image, said.prompt, said.response, layer=layer) for layer in (-1, -2)
+    )
+    assert not torch.equal(last.image[0], earlier.image[0])
+    for name in ("log_prob", "evidence", "agreement", "relevance"):
+        assert torch.equal(getattr(last, name), getattr(earlier, name)), name
