@@ -88,7 +88,8 @@ def _complete(processor: Any, source: str | Path) -> Any:
 
 
 def _images(source: str | Path, **options: Any) -> Any:
-    from transformers import AutoImageProcessor
+    # not from the top of transformers, which between 5.0 and 5.23 asks for torchvision before it looks
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     return AutoImageProcessor.from_pretrained(source, **options)
 

@@ -274,7 +274,8 @@ def train(
 def save(model: Any, processor: Any, out: Path) -> None:
     """Weights as fp16, beside tokenizer, processor and chat template."""
     out.mkdir(parents=True, exist_ok=True)
-    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    # the head is tied to the embeddings; in half precision they would no longer share their memory
+    half = {name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(out, state_dict=half)
     processor.save_pretrained(out)
 
