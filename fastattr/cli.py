@@ -189,6 +189,7 @@ def _check_suffix(out: Path) -> None:
 def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
     """Plain values for JSON; maps as nested lists `[target][t][h][w]` for each image if wanted."""
     evidence = None if why.evidence is None else why.evidence.tolist()
+    descriptors = why.descriptors
     tokens = [
         {
             "token": token,
@@ -198,6 +199,7 @@ def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
             "evidence": None if evidence is None else round(evidence[i], 4),
             "agreement": [round(value, 4) for value in why.agreement[i].tolist()],
             "degenerate": bool(why.degenerate[i]),
+            **{name: round(float(values[i]), 4) for name, values in vars(descriptors).items()},
         }
         for i, token in enumerate(why.tokens)
     ]

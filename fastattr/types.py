@@ -15,6 +15,7 @@ from torch import Tensor
 from fastattr.errors import InputError, TokenLayoutError
 
 if TYPE_CHECKING:
+    from fastattr.descriptors import Descriptors
     from fastattr.selection import Selection
 
 Method = Literal["lens", "tam", "arc"]
@@ -360,6 +361,13 @@ class Attribution:
         from fastattr.selection import select_pattern
 
         return select_pattern(self, pattern)
+
+    @property
+    def descriptors(self) -> Descriptors:
+        """Image share, peak ratio, entropy and area of every target's map."""
+        from fastattr.descriptors import describe_maps
+
+        return describe_maps(self.image, self.context)
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one safetensors file, whole or not at all. Raises `SaveError`."""

@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.errors": set(),
     "fastattr.types": set(),
     "fastattr.images": set(),
+    "fastattr.descriptors": set(),
     "fastattr.text": set(),
     "fastattr.ops": {"fastattr_kernels"},
     "fastattr.maps": {"fastattr.ops"},
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
 }
 # methods of Attribution and CapturedStates are doors to these, opened only when one is called
 LAZY_DOORS = {
-    "fastattr.types": {"fastattr.selection", "fastattr.storage", "fastattr.report"},
+    "fastattr.types": {"fastattr.descriptors", "fastattr.selection", "fastattr.storage", "fastattr.report"},
     "fastattr.adapters": {"fastattr.pipeline"},
 }
 # outside packages that only some rooms may know

@@ -1,0 +1,61 @@
+"""What a map looks like in four numbers: monitors that cost nothing, to be read beside the evidence.
+
+They describe; they do not judge. Position in the response and repetition move them too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASS = 0.85
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """One number a target; all of them 0 where the map is dark.
+
+    Attributes:
+        image_share: `[target]` in [0, 1], the images' part of the joint mass of image and context.
+        peak_ratio: `[target]`, the largest value over the mean one.
+        entropy: `[target]` in [0, 1], of the map as a distribution over its cells; 1 is perfectly flat.
+        area: `[target]` in [0, 1], the smallest share of the cells that holds 85 % of the mass.
+    """
+
+    image_share: Tensor
+    peak_ratio: Tensor
+    entropy: Tensor
+    area: Tensor
+
+
+def describe_maps(image: Sequence[Tensor], context: Tensor) -> Descriptors:
+    """Describe the maps of every target, all images together.
+
+    Args:
+        image: for each image `[target t h w]` in [0, 1].
+        context: `[target context]` in [0, 1], normalised with the maps.
+    """
+    cells = torch.cat([maps.flatten(1) for maps in image], dim=1).double()
+    n = cells.shape[1]
+    mass = cells.sum(dim=1)
+    lit = mass > 0
+    share = cells / torch.where(lit, mass, 1.0)[:, None]
+    # cells needed, largest first, until their mass reaches the level; rounding must not ask for one more
+    reached = share.sort(dim=1, descending=True).values.cumsum(dim=1) >= MASS - 1e-9
+    needed = n - reached.sum(dim=1) + 1
+    entropy = -torch.xlogy(share, share).sum(dim=1) / (math.log(n) if n > 1 else 1.0)
+    joint = mass + context.double().sum(dim=1)
+
+    def known(values: Tensor) -> Tensor:
+        return torch.where(lit, values, 0.0).float()
+
+    return Descriptors(
+        image_share=known(mass / torch.where(lit, joint, 1.0)),
+        peak_ratio=known(share.amax(dim=1) * n),
+        entropy=known(entropy),
+        area=known(needed / n),
+    )
