@@ -98,10 +98,15 @@ def _plain(value: object) -> str:
 
 
 def main() -> None:
-    for name, table in (("ablation", ablation_table), ("postprocessing", postprocessing_table)):
+    tables = (
+        ("ablation in short", "ablation", ablation_summary),
+        ("ablation", "ablation", ablation_table),
+        ("post-processing", "postprocessing", postprocessing_table),
+    )
+    for title, name, table in tables:
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
-            print(f"### {name}\n\n{table(*read_jsonl(path))}\n")
+            print(f"### {title}\n\n{table(*read_jsonl(path))}\n")
 
 
 if __name__ == "__main__":

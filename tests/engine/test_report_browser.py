@@ -376,7 +376,6 @@ def test_a_thousand_words_do_not_lag(open_report: Open) -> None:
             }"""
         )
         assert marked(page, "active") == [n - 1]
-    assert medians[1000] < 50, medians
     assert medians[1000] < 20 * max(medians[10], 0.5), medians
 
 
