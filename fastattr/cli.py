@@ -143,12 +143,12 @@ def _explain(
     _check_suffix(out)
     explained: list[fastattr.Attribution] = []
     with tqdm(total=len(methods) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
-        progress.set_description(f"loading {model_name}")
+        _say(progress, f"loading {model_name}")
         model = fastattr.load(model_name)
         progress.update()
         answer: Any = response
         for method in methods:
-            progress.set_description(f"explaining ({method.value})")
+            _say(progress, f"explaining ({method.value})")
             why = fastattr.attribute(
                 model, images, prompt, answer, method=method.value, scales=scales, max_new_tokens=max_new_tokens
             )
@@ -159,6 +159,14 @@ def _explain(
     _print(explained, out, as_json)
     if open_browser:
         webbrowser.open(out.resolve().as_uri())
+
+
+def _say(progress: Any, text: str) -> None:
+    """Name the step: on the bar of a terminal, as a plain line elsewhere."""
+    if progress.disable:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        progress.set_description(text)
 
 
 def write(explained: list[fastattr.Attribution], out: Path) -> None:

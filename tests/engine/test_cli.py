@@ -38,7 +38,8 @@ def test_demo_writes_a_report_and_names_what_it_sees(
 ) -> None:
     out = tmp_path / "demo.html"
     assert run(monkeypatch, "demo", "--out", out, "--seed", SEED, "--no-open") == 0
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert progress.splitlines() == ["loading shapes", "explaining (arc)", "explaining (tam)", "explaining (lens)"]
     truth = scenes.make_scene(SEED).objects
     assert any(item.shape in shown for item in truth)
     assert str(out) in shown
