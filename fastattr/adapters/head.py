@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastattr.adapters.hooks import decoder_of, record_output
 from fastattr.errors import UnsupportedModelError
+from fastattr.maps import class_activations
 from fastattr.types import OutputHead
 
 PROVEN_IDS = 4096
@@ -59,8 +60,6 @@ def _linear(module: nn.Module, dim: int) -> tuple[Tensor, Tensor | None]:
 @torch.no_grad()
 def _proven(hf_model: nn.Module, config: Any, candidates: Sequence[OutputHead]) -> OutputHead:
     """The candidate nearest to the model's own logits: some classes ignore the scale or soft-cap of their configuration."""
-    from fastattr.maps import class_activations
-
     weight = candidates[0].weight
     special = {getattr(config, name, None) for name in ("image_token_id", "video_token_id", "audio_token_id")}
     ids = [i for i in range(min(64, candidates[0].vocab)) if i not in special][:4]
