@@ -74,7 +74,8 @@ def postprocessing_table(header: Row, rows: Sequence[Row]) -> str:
             for row in rows
         ),
     )
-    return f"{header['cpu']}, {header['threads']} threads, torch {header['torch']}.\n\n{table}"
+    threads = "one thread" if header["threads"] == 1 else f"{header['threads']} threads"
+    return f"{header['cpu']}, {threads}, torch {header['torch']}.\n\n{table}"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
