@@ -23,14 +23,14 @@ from tqdm import tqdm
 
 import fastattr
 from benchmarks.record import RESULTS, machine, write_jsonl
-from fastattr.demo.scenes import Scene, describe, make_scene
+from fastattr.demo.scenes import HELD_OUT, Scene, describe, make_scene
 from fastattr.images import read_visuals
 from fastattr.method import explain_states
 from fastattr.metrics import Noun, Plausibility, f1_difference, plausibility, pool
 from fastattr.pipeline import read_states
 from fastattr.types import AttributionConfig, Method, ScaleStates
 
-FIRST_SEED = 10_000_000  # training draws its scenes from far below
+FIRST_SEED = HELD_OUT
 FUNCTION_WORDS = ("a", "the", "is", "at", "in", "there", "on")
 
 ONE_SCALE_TAM = AttributionConfig(method="tam", scales=(1.0,), evidence=False)

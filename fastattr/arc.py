@@ -15,6 +15,20 @@ from fastattr.errors import InputError
 from fastattr.types import AttributionConfig, OutputHead, ScaleStates, TokenLayout
 
 
+def rankings(predictions: Tensor, head: OutputHead, top_k: int) -> Tensor:
+    """Ordered ids of the likeliest tokens, int32 `[position k]`, for states `[position dim]`."""
+    ids, _ = ops.lm_head_topk(
+        predictions,
+        head.weight,
+        top_k,
+        head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        valid_vocab=head.valid_vocab,
+    )
+    return ids
+
+
 def relevance(states: ScaleStates, head: OutputHead, *, top_k: int, rbo_p: float) -> Tensor:
     """Rank-biased overlap of what target and context token predict, `[target context]` in [0, 1].
 
@@ -26,16 +40,8 @@ def relevance(states: ScaleStates, head: OutputHead, *, top_k: int, rbo_p: float
     if top_k > head.vocab:
         raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
     layout = states.layout
-    rankings, _ = ops.lm_head_topk(
-        states.predictions,
-        head.weight,
-        top_k,
-        head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        valid_vocab=head.valid_vocab,
-    )
-    overlap = ops.rank_overlap(rankings[len(layout.prompt) :], rankings, rbo_p)
+    ranked = rankings(states.predictions, head, top_k)
+    overlap = ops.rank_overlap(ranked[len(layout.prompt) :], ranked, rbo_p)
     return torch.where(layout.causal().to(overlap.device), overlap, 0.0)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastattr import ops
+from fastattr.arc import rankings
 from fastattr.errors import TokenLayoutError
 from fastattr.maps import check_ids, class_activations, normalise_jointly
 from fastattr.msea import split_images
@@ -59,16 +60,7 @@ def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True) -
     predictors = torch.tensor(layout.context_predictors, device=hidden.device)
     texts = ids[torch.tensor(layout.context, device=ids.device)]
     classes = texts.clone()
-    first, _ = ops.lm_head_topk(
-        hidden[predictors[:1]],
-        head.weight,
-        1,
-        head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        valid_vocab=head.valid_vocab,
-    )
-    classes[0] = first[0, 0]
+    classes[0] = rankings(hidden[predictors[:1]], head, 1)[0, 0]
     classes[n_prompt] = ids[layout.response[0] - 1]
 
     raw = class_activations(hidden[torch.tensor(layout.image_positions, device=hidden.device)], head, classes)

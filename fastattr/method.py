@@ -32,12 +32,13 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
     for reading in readings:
         check_states(reading, head)
     check_head(head)
-    base = readings[base_scale(config.scales)]
+    base_index = base_scale(config.scales)
+    base = readings[base_index]
     layouts = [reading.layout for reading in readings]
     grids = common_grids(layouts)
     check_responses(readings)
     log_prob = torch.stack([log_probs(reading, head) for reading in readings], dim=1)
-    agreement = (log_prob - log_prob[:, [base_scale(config.scales)]]).exp()
+    agreement = (log_prob - log_prob[:, [base_index]]).exp()
     weights = scale_weights(agreement, config)
     causal = base.layout.causal().to(weights.device)
 
@@ -72,7 +73,7 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
         image=tuple(each.cpu() for each in image),
         context=shown.context.cpu(),
         relevance=None if coherent is None else coherent.cpu(),
-        log_prob=log_prob[:, base_scale(config.scales)].cpu(),
+        log_prob=log_prob[:, base_index].cpu(),
         agreement=agreement.cpu(),
         raw_range=shown.raw_range.cpu(),
         residual=residual.cpu(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,8 +19,6 @@ from fastattr.types import Attribution, AttributionConfig, Method, OutputHead, S
 
 if TYPE_CHECKING:
     from fastattr.adapters import CapturedStates, Model
-
-logger = logging.getLogger("fastattr")
 
 LOW_AGREEMENT = 0.1
 
@@ -80,7 +77,7 @@ def attribute(
     from fastattr import adapters
 
     visuals = read_visuals(image)
-    encoded = [adapters.encode(model, visuals, prompt, scale=scale) for scale in config.scales]
+    encoded = adapters.encode_scales(model, visuals, prompt, config.scales)
     if response is None:
         plain = (
             adapters.encode(model, visuals, prompt) if 1.0 not in config.scales else encoded[config.scales.index(1.0)]

@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.maps": {"fastattr.ops"},
     "fastattr.arc": {"fastattr.ops"},
     "fastattr.msea": {"fastattr.ops"},
-    "fastattr.compat": {"fastattr.ops", "fastattr.maps", "fastattr.msea"},
+    "fastattr.compat": {"fastattr.ops", "fastattr.arc", "fastattr.maps", "fastattr.msea"},
     "fastattr.method": {"fastattr.ops", "fastattr.maps", "fastattr.arc", "fastattr.msea", "fastattr.compat"},
     "fastattr.pipeline": {
         "fastattr.adapters",

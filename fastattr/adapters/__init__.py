@@ -4,7 +4,7 @@
 `capture` read hidden states.
 """
 
-from fastattr.adapters.encode import EncodedExample, encode, encode_response
+from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
 from fastattr.adapters.model import Model, load, wrap
 from fastattr.adapters.states import CapturedStates, capture, captured_reading, generate, replay
@@ -19,6 +19,7 @@ __all__ = [
     "captured_reading",
     "encode",
     "encode_response",
+    "encode_scales",
     "generate",
     "load",
     "replay",

@@ -48,7 +48,14 @@ class EncodedExample:
 
 
 def encode(model: Model, visuals: Sequence[Visual], prompt: str, *, scale: float = 1.0) -> EncodedExample:
-    """Render the chat, process the images at `scale`, and find every token's role.
+    """`encode_scales` for one scale."""
+    return encode_scales(model, visuals, prompt, (scale,))[0]
+
+
+def encode_scales(
+    model: Model, visuals: Sequence[Visual], prompt: str, scales: Sequence[float]
+) -> list[EncodedExample]:
+    """Render the chat, process the images at every scale, and find every token's role.
 
     A video is shown as its frames, one image each, and comes back as one group `(t, h, w)`.
 
@@ -70,17 +77,30 @@ def encode(model: Model, visuals: Sequence[Visual], prompt: str, *, scale: float
     frames = [frame for visual in visuals for frame in visual.frames]
     content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": prompt}]
     text = _render(model, content)
-    inputs, grids = _process(model, text, frames)
-    if scale != 1.0:
-        inputs, grids = _process_scaled(model, text, frames, grids, scale)
-    input_ids = inputs.pop("input_ids")[0].to(model.device)
+    base = _process(model, text, frames)  # also what the other scales are relative to
+    processed = [base if scale == 1.0 else _process_scaled(model, text, frames, base[1], scale) for scale in scales]
+    return [
+        _example(model, visuals, prompt, inputs, grids, scale)
+        for (inputs, grids), scale in zip(processed, scales, strict=True)
+    ]
+
+
+def _example(
+    model: Model,
+    visuals: Sequence[Visual],
+    prompt: str,
+    inputs: Mapping[str, Tensor],
+    grids: Sequence[Grid],
+    scale: float,
+) -> EncodedExample:
+    input_ids = inputs["input_ids"][0].to(model.device)
     extents = [(len(visual.frames), extent_of(model.family, model.processor, visual.size)) for visual in visuals]
     groups = group_images(input_ids, model, extents, grids)
     positions = user_text(model, prompt, input_ids)
-    inputs.pop("attention_mask", None)  # one unpadded sequence needs none
     model_inputs = {
         name: value.to(model.device, model.hf_model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
+        if name not in ("input_ids", "attention_mask")  # one unpadded sequence needs no mask
     }
     return EncodedExample(input_ids, model_inputs, groups, positions, scale)
 

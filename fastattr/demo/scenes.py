@@ -44,6 +44,8 @@ PLACES: dict[str, tuple[float, float]] = {  # centre (x, y) as a share of width 
 NUMBERS = ("no", "one", "two", "three", "four")
 TEXTURES = ("plain", "gradient", "noise", "stripes")
 
+HELD_OUT = 10_000_000  # seeds from here on are never trained on
+
 _PLACE_JITTER = 0.045
 _SUPERSAMPLE = 4
 

@@ -33,7 +33,7 @@ SIDES = ((96, 96), (96, 96), (96, 96), (80, 96), (96, 80), (128, 128), (144, 144
 SCENES_PER_BATCH = 32  # at BASE_SIDE; fewer for larger pictures, so that a batch holds as many patches
 DENSE_WORDS = (("color", 0.35), ("shape", 0.35), ("size", 0.15), ("place", 0.15))
 TEXT_TOKENS = 112
-HELD_OUT = 10_000_000  # seeds from here on are never trained on
+STREAM = 1_000_000  # seeds that a stage may draw
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class SceneBatches(IterableDataset[Batch]):
             count = max(4, round(SCENES_PER_BATCH * BASE_SIDE**2 / (height * width)))
             batch = [scenes.make_scene(seed + k, height, width) for k in range(count)]
             seed += count
-            yield self._collate([scene for scene in batch if scene.objects], rng)
+            yield self._collate(batch, rng)
 
     def _collate(self, batch: list[scenes.Scene], rng: np.random.Generator) -> Batch:
         pixels = torch.stack([torch.from_numpy(np.array(scene.image)).permute(2, 0, 1) for scene in batch])
@@ -211,7 +211,13 @@ def train(
     """Both stages, then the weights in half precision with their processor.
 
     `dense_from` holds a saved stage 1, which is then not repeated.
+
+    Raises:
+        ValueError: `seed` would draw scenes that are held out.
     """
+    most = scenes.HELD_OUT // (2 * STREAM) - 1
+    if not 0 <= seed <= most:
+        raise ValueError(f"seed is {seed}, expected 0 to {most}: later ones would train on held-out scenes")
     processor = build_processor()
     tokenizer = processor.tokenizer
     if dense_from is None:
@@ -227,7 +233,7 @@ def train(
     begun = time.monotonic()
     stages = (("dense", dense_steps, DENSE_SIDES), ("language", language_steps, SIDES))
     for number, (stage, steps, sides) in enumerate(stages):
-        stream = SceneBatches(processor, (2 * seed + number) * 1_000_000, sides)
+        stream = SceneBatches(processor, (2 * seed + number) * STREAM, sides)
         batches = iter(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8))
         steppers = optimizers(model, learning_rate)
         for step in range(steps):

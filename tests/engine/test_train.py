@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from fastattr.demo.train import (
     image_embeddings,
     language_loss,
     optimizers,
+    train,
 )
 
 
@@ -89,6 +91,12 @@ def test_the_language_loss_is_the_librarys_on_the_chat_template(processor: Any) 
     torch.testing.assert_close(
         language_loss(model, embeddings, ours, processor.tokenizer.bos_token_id, user), theirs, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("seed", [-1, 5])
+def test_held_out_scenes_are_never_trained_on(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ValueError, match=f"seed is {seed}, expected 0 to 4"):
+        train(tmp_path, dense_steps=1, language_steps=1, learning_rate=1e-3, seed=seed, dense_from=None)
 
 
 def test_both_losses_fall(processor: Any, batch: Batch) -> None:
