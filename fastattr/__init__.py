@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastattr.errors import (
+    BackendError,
     FastattrError,
     ImageError,
     InputError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "AttributionConfig",
+    "BackendError",
     "FastattrError",
     "ImageError",
     "ImageGroup",

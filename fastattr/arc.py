@@ -15,9 +15,21 @@ from fastattr.errors import InputError
 from fastattr.types import AttributionConfig, OutputHead, ScaleStates, TokenLayout
 
 
-def rankings(predictions: Tensor, head: OutputHead, top_k: int) -> Tensor:
-    """Ordered ids of the likeliest tokens, int32 `[position k]`, for states `[position dim]`."""
-    ids, _ = ops.lm_head_topk(
+def rankings(states: ScaleStates, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
+    """What the model ranks highest where each context token is read, and what it made of the targets.
+
+    One pass over the vocabulary gives both.
+
+    Returns:
+        ordered ids int32 `[context k]` and the targets' log-probabilities in nats `[target]`.
+
+    Raises:
+        InputError: when `top_k` is larger than the vocabulary.
+    """
+    if top_k > head.vocab:
+        raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
+    predictions = states.predictions
+    ids, _, logsumexp = ops.lm_head_summary(
         predictions,
         head.weight,
         top_k,
@@ -25,47 +37,64 @@ def rankings(predictions: Tensor, head: OutputHead, top_k: int) -> Tensor:
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         valid_vocab=head.valid_vocab,
+        backend=backend,
     )
-    return ids
+    n_prompt = len(states.layout.prompt)
+    own = ops.lm_head_logit(
+        predictions[n_prompt:],
+        head.weight,
+        states.target_ids,
+        head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+    )
+    return ids, own - logsumexp[n_prompt:]
 
 
-def relevance(states: ScaleStates, head: OutputHead, *, top_k: int, rbo_p: float) -> Tensor:
-    """Rank-biased overlap of what target and context token predict, `[target context]` in [0, 1].
-
-    Context tokens that do not stand before the target get 0.
-
-    Raises:
-        InputError: when `top_k` is larger than the vocabulary.
-    """
-    if top_k > head.vocab:
-        raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
-    layout = states.layout
-    ranked = rankings(states.predictions, head, top_k)
-    overlap = ops.rank_overlap(ranked[len(layout.prompt) :], ranked, rbo_p)
-    return torch.where(layout.causal().to(overlap.device), overlap, 0.0)
-
-
-def interference_weights(
-    scores: Tensor, relevance: Tensor | None, same_id: Tensor, layout: TokenLayout, config: AttributionConfig
-) -> Tensor:
-    """How much each context token counts as interference, `[target context]`, not negative.
+def interference(
+    scores: Tensor,
+    counts: Tensor,
+    ranked: Tensor | None,
+    layout: TokenLayout,
+    config: AttributionConfig,
+    backend: str,
+) -> tuple[Tensor | None, Tensor]:
+    """How much each context token counts as interference, and (ARC) how alike it and the target predict.
 
     Args:
         scores: `[target context]`, see `Activations.scores`.
-        relevance: `[target context]`; needed for ARC.
-        same_id: bool `[target context]`; a token with the target's own id never counts against it.
+        counts: bool `[target context]`, see `counting`.
+        ranked: int32 `[context k]`, see `rankings`; None for TAM.
+
+    Returns:
+        relevance in [0, 1] (None for TAM), and weights, not negative, both `[target context]`; relevance is 0 where
+        the context does not stand before the target, weights where it does not count.
     """
-    if config.method == "arc":
-        if relevance is None:
-            raise InputError("method 'arc' needs relevance, got None")
-        suspicion = 1.0 - relevance
-        weight = suspicion * scores if config.arc_weight == "product" else suspicion
-    else:
-        weight = scores
-    counts = layout.causal().to(scores.device) & ~same_id
+    if ranked is None:
+        return None, torch.where(counts, scores, 0.0)
     n_prompt = len(layout.prompt)
+    return ops.arc_weight(
+        ranked[n_prompt:],
+        ranked,
+        config.rbo_p,
+        counts,
+        scores if config.arc_weight == "product" else None,
+        n_before=n_prompt,
+        backend=backend,
+    )
+
+
+def counting(states: ScaleStates, config: AttributionConfig) -> Tensor:
+    """bool `[target context]`: which context tokens may be interference.
+
+    They stand before the target, are of the part `config.context` names, and do not repeat the target's id.
+    """
+    layout = states.layout
+    n_prompt = len(layout.prompt)
+    ids = states.input_ids[torch.tensor(layout.context, device=states.input_ids.device)]
+    counts = layout.causal(ids.device) & (ids[n_prompt:, None] != ids[None, :])
     if config.context == "prompt":
         counts[:, n_prompt:] = False
     elif config.context == "response":
         counts[:, :n_prompt] = False
-    return torch.where(counts, weight, 0.0)
+    return counts

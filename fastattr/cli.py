@@ -1,8 +1,9 @@
-"""`fastattr demo | explain | show | models`."""
+"""`fastattr demo | explain | show | models | bench`."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import webbrowser
 from enum import Enum
@@ -30,6 +31,12 @@ class MethodName(str, Enum):
     lens = "lens"
     tam = "tam"
     arc = "arc"
+
+
+class BackendName(str, Enum):
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
@@ -73,6 +80,7 @@ def explain(
     scales: Annotated[str, typer.Option(help="Image sizes relative to the model's own, comma-separated.")] = "1,1.5,2",
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    backend: Annotated[BackendName, typer.Option(help="What computes; auto: triton on a GPU.")] = BackendName.auto,
     as_json: Json = False,
 ) -> None:
     """Explain what a model says about pictures."""
@@ -85,6 +93,7 @@ def explain(
         scales=_parse_scales(scales),
         out=out,
         max_new_tokens=max_new_tokens,
+        backend=backend,
         as_json=as_json,
         open_browser=False,
     )
@@ -124,6 +133,24 @@ def models(as_json: Json = False) -> None:
         print(f"{row['model_type']:<14}{row['family']:<30}{row['scales']:<8}{row['picture']}")
 
 
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("fastattr-bench.jsonl"),
+    plots: Annotated[Path, typer.Option(help="The folder to draw the plots in.")] = Path("fastattr-bench"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="Small sizes only: does it run?")] = False,
+) -> None:
+    """Measure time and memory on this machine, against the naive implementation."""
+    checkout = Path(fastattr.__file__).parent.parent
+    if not (checkout / "benchmarks" / "suite.py").is_file():
+        raise InputError(
+            f"the benchmarks are not in {str(checkout)!r}; they come with the source: clone the repository, "
+            "pip install -e '.[bench]', and run fastattr bench again"
+        )
+    options = ["--out", str(out.resolve()), "--plots", str(plots.resolve()), *(["--smoke"] if smoke else [])]
+    ran = subprocess.run([sys.executable, "-m", "benchmarks.suite", *options], cwd=checkout, check=False)
+    raise typer.Exit(ran.returncode)
+
+
 # --- the work --------------------------------------------------------------------------------------
 
 
@@ -139,6 +166,7 @@ def _explain(
     max_new_tokens: int,
     as_json: bool,
     open_browser: bool,
+    backend: BackendName = BackendName.auto,
 ) -> None:
     _check_suffix(out)
     explained: list[fastattr.Attribution] = []
@@ -150,7 +178,14 @@ def _explain(
         for method in methods:
             _say(progress, f"explaining ({method.value})")
             why = fastattr.attribute(
-                model, images, prompt, answer, method=method.value, scales=scales, max_new_tokens=max_new_tokens
+                model,
+                images,
+                prompt,
+                answer,
+                method=method.value,
+                scales=scales,
+                max_new_tokens=max_new_tokens,
+                backend=backend.value,
             )
             answer = why.token_ids  # every method explains the same tokens
             explained.append(why)
@@ -217,6 +252,7 @@ def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
         "model": why.model,
         "method": why.config.method,
         "scales": why.config.scales,
+        "backend": why.backend,
         "grids": [list(m.shape[1:]) for m in why.image],
         "tokens": tokens,
         "notes": why.notes,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fastattr import ops
-from fastattr.arc import rankings
 from fastattr.errors import TokenLayoutError
 from fastattr.maps import check_ids, class_activations, normalise_jointly
 from fastattr.msea import split_images
@@ -44,7 +43,7 @@ class TamSlots:
     degenerate: Tensor
 
 
-def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True) -> TamSlots:
+def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True, backend: str = "torch") -> TamSlots:
     """Every intermediate the reference computes, for parity checks.
 
     Raises:
@@ -60,14 +59,15 @@ def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True) -
     predictors = torch.tensor(layout.context_predictors, device=hidden.device)
     texts = ids[torch.tensor(layout.context, device=ids.device)]
     classes = texts.clone()
-    classes[0] = rankings(hidden[predictors[:1]], head, 1)[0, 0]
+    classes[0] = likeliest(hidden[predictors[:1]], head)[0]
     classes[n_prompt] = ids[layout.response[0] - 1]
 
     raw = class_activations(hidden[torch.tensor(layout.image_positions, device=hidden.device)], head, classes)
     text_scores = class_activations(hidden[predictors], head, classes).tril()
     repeats = texts[:, None] == texts[None, :]
     weight = torch.where(repeats, 0.0, text_scores).tril(-1)
-    cleaned, _ = ops.remove_interference(raw, ops.context_mean(raw, weight))
+    mean = ops.context_mean(raw, weight, n_before=0, backend=backend)
+    cleaned, _, image_range = ops.remove_interference(raw, mean, backend=backend)
 
     # the first answer map is slot 0's, every other one its own slot's
     shown = torch.arange(n_prompt, len(texts), device=hidden.device)
@@ -75,6 +75,23 @@ def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True) -
     # a slot's own score takes no part in its normalisation, except slot 0's, which has no other
     counted = torch.ones_like(text_scores, dtype=torch.bool).tril(-1)
     counted[0, 0] = True
-    normalised = normalise_jointly(split_images(cleaned[shown], layout), text_scores[shown], counted[shown])
-    image = tuple(ops.rank_gaussian(maps) for maps in normalised.image) if filtered else normalised.image
-    return TamSlots(raw, cleaned, text_scores, image, normalised.context, normalised.raw_range, normalised.degenerate)
+    image = split_images(cleaned[shown], layout)
+    final = normalise_jointly(
+        image, image_range[shown], text_scores[shown], counted[shown], filtered=filtered, backend=backend
+    )
+    return TamSlots(raw, cleaned, text_scores, final.image, final.context, final.raw_range, final.degenerate)
+
+
+def likeliest(predictions: Tensor, head: OutputHead) -> Tensor:
+    """The most likely id at each position, `[position]` for `[position dim]`."""
+    ids, _ = ops.lm_head_topk(
+        predictions,
+        head.weight,
+        1,
+        head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        valid_vocab=head.valid_vocab,
+        backend="torch",
+    )
+    return ids[:, 0]

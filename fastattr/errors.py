@@ -8,6 +8,7 @@ FastattrError
 |   |-- PhraseError (KeyError)       a phrase is not in the response
 |   `-- ScaleError                   the image cannot be shown to the model at this scale
 |-- UnsupportedModelError            the model's form is not one fastattr can explain
+|-- BackendError (RuntimeError)      a backend was asked for by name and cannot run
 `-- SaveError (OSError)              a result cannot be written or read
 """
 
@@ -42,6 +43,10 @@ class PhraseError(InputError, KeyError):
 
 class UnsupportedModelError(FastattrError):
     """The model's form is not one fastattr can explain."""
+
+
+class BackendError(FastattrError, RuntimeError):
+    """A backend was asked for by name and cannot run."""
 
 
 class ScaleError(InputError):

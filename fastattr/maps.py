@@ -51,22 +51,15 @@ def class_activations(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> T
 
 def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
     """Log-probability (nats) of every target where it was predicted, `[target]`."""
-    start, stop = states.layout.response
     return ops.lm_head_log_prob(
         states.predictions[len(states.layout.prompt) :],
         head.weight,
-        states.input_ids[start:stop],
+        states.target_ids,
         head.bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
         valid_vocab=head.valid_vocab,
     )
-
-
-def same_id(states: ScaleStates) -> Tensor:
-    """bool `[target context]`: whether the context token has the target's id."""
-    ids = states.input_ids[_index(states.layout.context, states.input_ids)]
-    return ids[len(states.layout.prompt) :, None] == ids[None, :]
 
 
 @dataclass(frozen=True)
@@ -77,42 +70,40 @@ class Normalised:
         image: for each image `[target t h w]` in [0, 1].
         context: `[target context]` in [0, 1].
         raw_range: `[target 2]`.
-        degenerate: bool `[target]`.
     """
 
     image: tuple[Tensor, ...]
     context: Tensor
     raw_range: Tensor
-    degenerate: Tensor
+
+    @property
+    def degenerate(self) -> Tensor:
+        """bool `[target]`: all scores of the target are equal, and come out as zeros."""
+        return self.raw_range[:, 1] <= self.raw_range[:, 0]
 
 
-def normalise_jointly(image: Sequence[Tensor], scores: Tensor, counted: Tensor) -> Normalised:
-    """Min-max over the image and context scores of one target together (TAM, section 3.3).
+def normalise_jointly(
+    image: Sequence[Tensor], image_range: Tensor, scores: Tensor, counted: Tensor, *, filtered: bool, backend: str
+) -> Normalised:
+    """Min-max over the image and context scores of one target together, then the filter (TAM, section 3.3).
 
-    A function word that looks at nothing then stays dark. All-equal scores give zeros and are flagged.
+    A function word that looks at nothing then stays dark. All-equal scores give zeros.
 
     Args:
         image: for each image `[target t h w]`.
+        image_range: `[target 2]`, least and greatest value of the target's maps.
         scores: `[target context]`.
         counted: bool `[target context]`, the scores that take part; the others come out as 0.
+        filtered: whether the rank-Gaussian filter is applied.
     """
-    flat = torch.cat([maps.flatten(1) for maps in image], dim=1)
-    low = torch.minimum(flat.amin(1), _masked(scores, counted, math.inf).amin(1))
-    high = torch.maximum(flat.amax(1), _masked(scores, counted, -math.inf).amax(1))
-    degenerate = high <= low
-    width = torch.where(degenerate, 1.0, high - low)
-
-    def unit(values: Tensor) -> Tensor:
-        shape = (-1,) + (1,) * (values.ndim - 1)
-        scaled = (values - low.view(shape)) / width.view(shape)
-        return torch.where(degenerate.view(shape), 0.0, scaled).clamp_(0.0, 1.0)
-
-    return Normalised(
-        image=tuple(unit(maps) for maps in image),
-        context=torch.where(counted, unit(scores), 0.0),
-        raw_range=torch.stack([low, high], dim=1),
-        degenerate=degenerate,
-    )
+    low = torch.minimum(image_range[:, 0], _masked(scores, counted, math.inf).amin(1))
+    high = torch.maximum(image_range[:, 1], _masked(scores, counted, -math.inf).amax(1))
+    raw_range = torch.stack([low, high], dim=1)
+    if filtered:
+        maps = tuple(ops.rank_gaussian(each, raw_range, backend=backend) for each in image)
+    else:
+        maps = tuple(ops.stretch(each, raw_range) for each in image)
+    return Normalised(maps, torch.where(counted, ops.stretch(scores, raw_range), 0.0), raw_range)
 
 
 def _masked(scores: Tensor, counted: Tensor, fill: float) -> Tensor:

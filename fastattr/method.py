@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastattr import ops
-from fastattr.arc import interference_weights, relevance
+from fastattr.arc import counting, interference, rankings
 from fastattr.compat import tam_slots
 from fastattr.errors import TokenLayoutError
-from fastattr.maps import activations, check_finite, check_head, check_states, log_probs, normalise_jointly, same_id
+from fastattr.maps import Activations, activations, check_finite, check_head, check_states, log_probs, normalise_jointly
 from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
-from fastattr.types import AttributionConfig, OutputHead, ScaleStates, TokenMaps
+from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenLayout, TokenMaps
+
+# of one block of targets' maps: on a CPU the few that live at once should stay in the cache
+CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 2**19, 2**26
 
 
 @torch.no_grad()
@@ -27,58 +31,149 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
         maps and scores on the CPU.
 
     Raises:
-        StatesError, TokenLayoutError, InputError: see `check_states`, `common_grids` and `relevance`.
+        BackendError: the backend was asked for by name and cannot run.
+        StatesError, TokenLayoutError, InputError: see `check_states`, `common_grids` and `rankings`.
     """
     for reading in readings:
         check_states(reading, head)
     check_head(head)
     base_index = base_scale(config.scales)
     base = readings[base_index]
-    layouts = [reading.layout for reading in readings]
+    layouts = tuple(reading.layout for reading in readings)
     grids = common_grids(layouts)
     check_responses(readings)
-    log_prob = torch.stack([log_probs(reading, head) for reading in readings], dim=1)
-    agreement = (log_prob - log_prob[:, [base_index]]).exp()
-    weights = scale_weights(agreement, config)
-    causal = base.layout.causal().to(weights.device)
+    device = base.hidden_states.device
+    backend = ops.resolve(config.backend, device)
 
-    coherent = relevance(base, head, top_k=config.top_k, rbo_p=config.rbo_p) if config.method == "arc" else None
-    lenses = [activations(reading, head) for reading in readings]
-    scores = sum_scales([lens.scores for lens in lenses], weights)
-
-    if config.method == "lens":
-        maps = aggregate([lens.image for lens in lenses], layouts, weights, grids)
-        residual = torch.ones(len(weights))
-    elif config.aggregate == "before":
-        suspicion = interference_weights(scores, coherent, same_id(base), base.layout, config)
-        means = [ops.context_mean(lens.context_image, suspicion) for lens in lenses]
-        raw = aggregate([lens.image for lens in lenses], layouts, weights, grids)
-        mean = aggregate(means, layouts, weights, grids)
-        maps, residual = clean(raw, mean)
+    # what the model predicts
+    if config.method == "arc":
+        ranked, own_log_prob = rankings(base, head, config.top_k, backend)
     else:
-        cleaned, residuals = [], []
-        for reading, lens in zip(readings, lenses, strict=True):
-            suspicion = interference_weights(lens.scores, coherent, same_id(reading), reading.layout, config)
-            mean_here = ops.context_mean(lens.context_image, suspicion)
-            cleaned.append(ops.remove_interference(lens.image, mean_here)[0])
-            residuals.append(share(cleaned[-1], lens.image))
-        maps = aggregate(cleaned, layouts, weights, grids)
-        residual = sum_scales([r[:, None] for r in residuals], weights)[:, 0]
+        ranked, own_log_prob = None, log_probs(base, head)
+    log_prob = torch.stack([own_log_prob if each is base else log_probs(each, head) for each in readings], dim=1)
+    agreement = (log_prob - own_log_prob[:, None]).exp()
+    weights = scale_weights(agreement, config)
 
-    normalised = normalise_jointly(maps, scores, causal)
-    shown = tam_slots(base, head, filtered=False) if config.compat == "tam" else normalised
-    image = tuple(ops.rank_gaussian(each) for each in shown.image) if config.filter else shown.image
-    check_finite(log_prob=log_prob, maps=shown.raw_range)
+    # where its classes are active, and which context interferes
+    lenses = tuple(activations(reading, head) for reading in readings)
+    scores = sum_scales([lens.scores for lens in lenses], weights)
+    causal, counts = base.layout.causal(device), counting(base, config)
+    relevance, suspicion = interference(scores, counts, ranked, base.layout, config, backend)
+    if config.aggregate == "before":
+        suspicions: tuple[Tensor, ...] = (suspicion,) * len(lenses)
+    else:
+        suspicions = tuple(
+            interference(each.scores, counts, ranked, base.layout, config, backend)[1] for each in lenses
+        )
+
+    # the maps, a block of targets at a time
+    scales = Scales(lenses, suspicions, layouts, grids, weights, config, backend)
+    targets = base.layout.n_targets
+    image = tuple(torch.empty(targets, *grid, device=device) for grid in grids)
+    context = torch.empty_like(scores)
+    raw_range, residual = torch.empty(targets, 2, device=device), torch.empty(targets, device=device)
+    for block in target_blocks(targets, grids, device):
+        maps, image_range, residual[block] = block_maps(scales, block)
+        shown = normalise_jointly(
+            maps, image_range, scores[block], causal[block], filtered=config.filter, backend=backend
+        )
+        for whole, part in zip(image, shown.image, strict=True):
+            whole[block] = part
+        context[block], raw_range[block] = shown.context, shown.raw_range
+    degenerate = raw_range[:, 1] <= raw_range[:, 0]
+    if config.compat == "tam":
+        slots = tam_slots(base, head, filtered=config.filter, backend=backend)
+        image, context, raw_range, degenerate = slots.image, slots.context, slots.raw_range, slots.degenerate
+
+    check_finite(log_prob=log_prob, maps=raw_range)
     return TokenMaps(
         image=tuple(each.cpu() for each in image),
-        context=shown.context.cpu(),
-        relevance=None if coherent is None else coherent.cpu(),
-        log_prob=log_prob[:, base_index].cpu(),
+        context=context.cpu(),
+        relevance=None if relevance is None else relevance.cpu(),
+        log_prob=own_log_prob.cpu(),
         agreement=agreement.cpu(),
-        raw_range=shown.raw_range.cpu(),
+        raw_range=raw_range.cpu(),
         residual=residual.cpu(),
-        degenerate=shown.degenerate.cpu(),
+        degenerate=degenerate.cpu(),
+        backend=backend,
     )
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What all blocks of targets share.
+
+    Attributes:
+        lenses, layouts: one for each scale.
+        suspicions: for each scale `[target context]`, how much context counts as interference.
+        grids: for each image the grid all scales are brought to.
+        weights: `[target scale]`.
+    """
+
+    lenses: tuple[Activations, ...]
+    suspicions: tuple[Tensor, ...]
+    layouts: tuple[TokenLayout, ...]
+    grids: tuple[Grid, ...]
+    weights: Tensor
+    config: AttributionConfig
+    backend: str
+
+    def aggregate(self, flat_maps: Sequence[Tensor], block: slice) -> Tensor:
+        """`[target image]` of every scale to one `[target pixel]`, all images side by side."""
+        maps = aggregate(flat_maps, self.layouts, self.weights[block], self.grids, self.backend)
+        return torch.cat([each.flatten(1) for each in maps], dim=1)
+
+    def context_mean(self, scale: int, block: slice) -> Tensor:
+        """What the context lights up at one scale, `[target image]`; only context before the block's end is read."""
+        n_before = len(self.layouts[scale].prompt) + block.start
+        seen = len(self.layouts[scale].prompt) + block.stop
+        return ops.context_mean(
+            self.lenses[scale].context_image[:seen],
+            self.suspicions[scale][block, :seen],
+            n_before=n_before,
+            backend=self.backend,
+        )
+
+
+def target_blocks(targets: int, grids: Sequence[Grid], device: torch.device) -> Iterator[slice]:
+    """Ranges of targets whose maps fit the block's bytes."""
+    limit = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+    size = max(1, limit // (4 * sum(t * h * w for t, h, w in grids)))
+    for start in range(0, targets, size):
+        yield slice(start, min(targets, start + size))
+
+
+def block_maps(scales: Scales, block: slice) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+    """Maps of a block of targets on the common grids, without interference.
+
+    Returns:
+        for each image `[target t h w]`; their extremes `[target 2]`; the share of the activation left `[target]`.
+    """
+    images = [lens.image[block] for lens in scales.lenses]
+    every = range(len(images))
+    if scales.config.method == "lens":
+        maps = scales.aggregate(images, block)
+        image_range, residual = extremes(maps), torch.ones(len(maps), device=maps.device)
+    elif scales.config.aggregate == "before":
+        raw = scales.aggregate(images, block)
+        mean = scales.aggregate([scales.context_mean(s, block) for s in every], block)
+        maps, _, image_range = ops.remove_interference(raw, mean, backend=scales.backend)
+        residual = share(maps, raw)
+    else:
+        cleaned = [
+            ops.remove_interference(images[s], scales.context_mean(s, block), backend=scales.backend)[0] for s in every
+        ]
+        maps = scales.aggregate(cleaned, block)
+        image_range = extremes(maps)
+        shares = [share(clean, image)[:, None] for clean, image in zip(cleaned, images, strict=True)]
+        residual = sum_scales(shares, scales.weights[block])[:, 0]
+    parts = maps.split([t * h * w for t, h, w in scales.grids], dim=1)
+    return tuple(part.unflatten(1, grid) for part, grid in zip(parts, scales.grids, strict=True)), image_range, residual
+
+
+def extremes(maps: Tensor) -> Tensor:
+    """Least and greatest value of each target's maps, `[target 2]` for `[target pixel]`."""
+    return torch.stack(maps.aminmax(dim=1), dim=1)
 
 
 def check_responses(readings: Sequence[ScaleStates]) -> None:
@@ -87,7 +182,7 @@ def check_responses(readings: Sequence[ScaleStates]) -> None:
     Raises:
         TokenLayoutError: their response ids differ.
     """
-    first, *others = [reading.input_ids[slice(*reading.layout.response)] for reading in readings]
+    first, *others = [reading.target_ids for reading in readings]
     for response in others:
         if not torch.equal(first, response):
             raise TokenLayoutError(
@@ -99,14 +194,6 @@ def check_responses(readings: Sequence[ScaleStates]) -> None:
 def sum_scales(values: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Sum of `[target n]` over scales with `weights [target scale]`."""
     return torch.stack([value * weights[:, [s]] for s, value in enumerate(values)]).sum(dim=0)
-
-
-def clean(raw: Sequence[Tensor], mean: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Remove interference from the maps of all images of a target together; also the share that is left."""
-    flat = torch.cat([maps.flatten(1) for maps in raw], dim=1)
-    cleaned, _ = ops.remove_interference(flat, torch.cat([maps.flatten(1) for maps in mean], dim=1))
-    parts = cleaned.split([maps[0].numel() for maps in raw], dim=1)
-    return tuple(part.view(maps.shape) for part, maps in zip(parts, raw, strict=True)), share(cleaned, flat)
 
 
 def share(cleaned: Tensor, activation: Tensor) -> Tensor:

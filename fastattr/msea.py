@@ -70,7 +70,11 @@ def split_images(flat: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
 
 
 def aggregate(
-    flat_maps: Sequence[Tensor], layouts: Sequence[TokenLayout], weights: Tensor, grids: Sequence[Grid]
+    flat_maps: Sequence[Tensor],
+    layouts: Sequence[TokenLayout],
+    weights: Tensor,
+    grids: Sequence[Grid],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     """Bring the maps of every scale to the common grid of each image and sum them.
 
@@ -84,5 +88,6 @@ def aggregate(
     """
     split = [split_images(flat, layout) for flat, layout in zip(flat_maps, layouts, strict=True)]
     return tuple(
-        ops.multiscale([maps[image] for maps in split], weights, (grid[1], grid[2])) for image, grid in enumerate(grids)
+        ops.multiscale([maps[image] for maps in split], weights, (grid[1], grid[2]), backend=backend)[0]
+        for image, grid in enumerate(grids)
     )

@@ -41,6 +41,7 @@ def attribute(
     layer: int = -1,
     filter: bool = True,
     evidence: bool = True,
+    backend: Literal["auto", "triton", "torch"] = "auto",
     max_new_tokens: int = 256,
 ) -> Attribution:
     """Explain every token of a response: where in the images, from which words, seen or made up.
@@ -73,6 +74,7 @@ def attribute(
         layer=layer,
         filter=filter,
         evidence=evidence,
+        backend=backend,
     )
     from fastattr import adapters
 
@@ -120,6 +122,7 @@ def attribute_states(
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
     filter: bool = True,
+    backend: Literal["auto", "triton", "torch"] = "auto",
     tokenizer: Any = None,
     image: ImageLike | Sequence[ImageLike] | None = None,
 ) -> Attribution:
@@ -151,6 +154,7 @@ def attribute_states(
         context=context,
         filter=filter,
         evidence=False,
+        backend=backend,
     )
     every = [_as_list(value) for value in (hidden_states, input_ids, layout)]
     if {len(each) for each in every} != {len(config.scales)}:
@@ -184,6 +188,7 @@ def attribute_captured(
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
     filter: bool = True,
+    backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Attribution:
     """Explain what a captured `generate` returned, at the one scale the model saw, without another forward.
 
@@ -210,6 +215,7 @@ def attribute_captured(
         context=context,
         filter=filter,
         evidence=False,
+        backend=backend,
     )
     visuals = () if image is None else read_visuals(image)
     reading, source = captured_reading(states, out, visuals=visuals, prompt=prompt)
@@ -298,9 +304,15 @@ def _finish(
         prompt=prompt,
         model=model,
         source=source,
+        backend=maps.backend,
         notes=notes,
-        versions=(("fastattr", version("fastattr")), ("torch", torch.__version__)),
+        versions=_versions(maps.backend),
     )
+
+
+def _versions(backend: str) -> tuple[tuple[str, str], ...]:
+    names = ("fastattr", "torch", "triton") if backend == "triton" else ("fastattr", "torch")
+    return tuple((name, version(name)) for name in names)
 
 
 def _notes(maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual]) -> tuple[str, ...]:

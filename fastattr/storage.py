@@ -22,7 +22,7 @@ from torch import Tensor
 from fastattr.errors import SaveError
 from fastattr.types import Attribution, AttributionConfig
 
-FORMAT = 1
+FORMAT = 2
 
 _TENSORS = ("context", "log_prob", "agreement", "raw_range", "residual", "degenerate")
 _OPTIONAL_TENSORS = ("relevance", "evidence")
@@ -35,6 +35,7 @@ _TEXTS = (
     "prompt",
     "model",
     "source",
+    "backend",
     "notes",
     "versions",
 )

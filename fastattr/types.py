@@ -46,6 +46,7 @@ class AttributionConfig:
         filter: apply the rank-Gaussian filter.
         evidence: run one more forward with the image blanked to middle grey.
         compat: `"tam"` reproduces the reference TAM with its quirks.
+        backend: `auto` runs Triton kernels on a GPU and torch elsewhere; `triton` or `torch` run or explain.
     """
 
     method: Method = "arc"
@@ -61,6 +62,7 @@ class AttributionConfig:
     filter: bool = True
     evidence: bool = True
     compat: Literal["tam"] | None = None
+    backend: Literal["auto", "triton", "torch"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(float(s) for s in self.scales))
@@ -72,6 +74,7 @@ class AttributionConfig:
             ("arc_weight", ("product", "relevance")),
             ("context", ("all", "prompt", "response")),
             ("compat", (None, "tam")),
+            ("backend", ("auto", "triton", "torch")),
         ):
             if getattr(self, name) not in allowed:
                 known = ", ".join(repr(value) for value in allowed)
@@ -220,10 +223,10 @@ class TokenLayout:
         """The position that predicts each response token."""
         return tuple(range(self.response[0] - 1, self.response[1] - 1))
 
-    def causal(self) -> Tensor:
+    def causal(self, device: torch.device | str = "cpu") -> Tensor:
         """bool `[target context]`: whether the context token stands before the target."""
-        order = torch.arange(len(self.prompt) + self.n_targets)
-        return order < (len(self.prompt) + torch.arange(self.n_targets))[:, None]
+        order = torch.arange(len(self.prompt) + self.n_targets, device=device)
+        return order < order[len(self.prompt) :, None]
 
 
 @dataclass(frozen=True)
@@ -265,6 +268,11 @@ class ScaleStates:
     last_states: Tensor | None = None
 
     @property
+    def target_ids(self) -> Tensor:
+        """int `[target]`."""
+        return self.input_ids[slice(*self.layout.response)]
+
+    @property
     def predictions(self) -> Tensor:
         """`[context dim]`: what the model predicts with where each context token is read; the targets' come last."""
         states = self.hidden_states if self.last_states is None else self.last_states
@@ -284,6 +292,7 @@ class TokenMaps:
         raw_range: `[target 2]`, minimum and maximum before normalisation.
         residual: `[target]`, share of the activation's norm that interference removal left.
         degenerate: bool `[target]`, whether all scores were equal, so that the map is all zero.
+        backend: `triton` or `torch`, what ran.
     """
 
     image: tuple[Tensor, ...]
@@ -294,6 +303,7 @@ class TokenMaps:
     raw_range: Tensor
     residual: Tensor
     degenerate: Tensor
+    backend: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,6 +324,7 @@ class Attribution:
         pictures: uint8 `[t height width 3]` for display, possibly smaller than the source.
         picture_sizes: `(height, width)` of the sources in pixels; boxes are in these pixels.
         source: `replay`, `capture` or `states`.
+        backend: `triton` or `torch`, what ran.
         notes: what a careful reader should know about this result.
     """
 
@@ -339,6 +350,7 @@ class Attribution:
     prompt: str = ""
     model: str = ""
     source: str = "states"
+    backend: str = "torch"
     notes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
 

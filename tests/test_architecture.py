@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.maps": {"fastattr.ops"},
     "fastattr.arc": {"fastattr.ops"},
     "fastattr.msea": {"fastattr.ops"},
-    "fastattr.compat": {"fastattr.ops", "fastattr.arc", "fastattr.maps", "fastattr.msea"},
+    "fastattr.compat": {"fastattr.ops", "fastattr.maps", "fastattr.msea"},
     "fastattr.method": {"fastattr.ops", "fastattr.maps", "fastattr.arc", "fastattr.msea", "fastattr.compat"},
     "fastattr.pipeline": {
         "fastattr.adapters",
@@ -41,7 +41,11 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.report": {"fastattr.storage"},
     "fastattr.demo": {"fastattr.adapters", "fastattr.images", "fastattr.pipeline"},
     "fastattr.cli": {"fastattr", "fastattr.adapters", "fastattr.demo", "fastattr.storage", "fastattr.report"},
-    "fastattr_kernels": set(),
+    "fastattr_kernels": {"fastattr_kernels.backend", "fastattr_kernels.reference", "fastattr_kernels.library"},
+    "fastattr_kernels.backend": set(),
+    "fastattr_kernels.reference": set(),
+    "fastattr_kernels.library": {"fastattr_kernels.backend", "fastattr_kernels.reference", "fastattr_kernels.gpu"},
+    "fastattr_kernels.gpu": {"fastattr_kernels.backend", "fastattr_kernels.reference"},
 }
 # methods of Attribution and CapturedStates are doors to these, opened only when one is called
 LAZY_DOORS = {
@@ -54,6 +58,7 @@ OUTSIDE = {
     "typer": {"fastattr.cli"},
     "safetensors": {"fastattr.storage"},
     "tokenizers": {"fastattr.demo"},
+    "triton": {"fastattr_kernels.gpu", "fastattr_kernels.backend"},
 }
 
 
@@ -107,7 +112,7 @@ def test_arrows(module: str, path: Path) -> None:
 
 
 def test_kernels_stand_alone() -> None:
-    allowed = {"torch", "fastattr_kernels", "__future__"}
+    allowed = {"torch", "triton", "fastattr_kernels", "__future__"}
     for module, path in modules():
         if module.startswith("fastattr_kernels"):
             tops = {imported.split(".")[0] for imported in imports(path)} - set(sys.stdlib_module_names)

@@ -220,7 +220,7 @@ def _settings(attribution: Attribution) -> list[tuple[str, str]]:
     rows += [(f.name, _written(getattr(config, f.name))) for f in dataclasses.fields(AttributionConfig)]
     for scale, grids in zip(config.scales, attribution.grids, strict=False):
         rows.append((f"grid at {scale:g}×", ", ".join("×".join(map(str, grid)) for grid in grids)))
-    return rows + list(attribution.versions)
+    return [*rows, ("backend that ran", attribution.backend), *attribution.versions]
 
 
 def _labels(attributions: Sequence[Attribution]) -> list[str]:

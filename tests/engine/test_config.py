@@ -18,6 +18,7 @@ from fastattr import AttributionConfig, InputError
         ({"arc_weight": "sum"}, "arc_weight is 'sum'"),
         ({"context": "none"}, "context is 'none'"),
         ({"compat": "eagle"}, "compat is 'eagle', expected one of None, 'tam'"),
+        ({"backend": "cuda"}, "backend is 'cuda', expected one of 'auto', 'triton', 'torch'"),
         ({"scales": ()}, "scales is empty"),
         ({"scales": (0.0,)}, "scales holds 0.0, expected numbers above 0 and at most 8"),
         ({"scales": (-1.0, 1.0)}, "scales holds -1.0"),

@@ -85,5 +85,5 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="has no 'fastattr' manifest"):
         Attribution.load(tmp_path / "other.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "future.safetensors", metadata={"fastattr": '{"format": 99}'})
-    with pytest.raises(SaveError, match="format 99, this version reads 1"):
+    with pytest.raises(SaveError, match="format 99, this version reads 2"):
         Attribution.load(tmp_path / "future.safetensors")
