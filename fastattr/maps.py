@@ -165,6 +165,8 @@ def check_states(states: ScaleStates, head: OutputHead) -> None:
 def check_head(head: OutputHead) -> None:
     """Refuse output embeddings that are not finite: every log-probability reads all of them.
 
+    Reading them takes as long as a short answer's rankings, so they are checked where they enter, not at each use.
+
     Raises:
         StatesError: some are NaN or Inf.
     """

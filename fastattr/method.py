@@ -12,7 +12,7 @@ from fastattr import ops
 from fastattr.arc import counting, interference, rankings
 from fastattr.compat import tam_slots
 from fastattr.errors import TokenLayoutError
-from fastattr.maps import Activations, activations, check_finite, check_head, check_states, log_probs, normalise_jointly
+from fastattr.maps import Activations, activations, check_finite, check_states, log_probs, normalise_jointly
 from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
 from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
@@ -36,7 +36,6 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
     """
     for reading in readings:
         check_states(reading, head)
-    check_head(head)
     base_index = base_scale(config.scales)
     base = readings[base_index]
     layouts = tuple(reading.layout for reading in readings)

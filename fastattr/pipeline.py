@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
-from fastattr.maps import log_probs
+from fastattr.maps import check_head, log_probs
 from fastattr.method import explain_states
 from fastattr.msea import base_scale
 from fastattr.text import Decode, decode_tokens, show_ids
@@ -164,6 +164,7 @@ def attribute_states(
         )
     readings = [ScaleStates(h, i, la, s) for h, i, la, s in zip(*every, config.scales, strict=True)]
     head = output_embeddings if isinstance(output_embeddings, OutputHead) else OutputHead(output_embeddings)
+    check_head(head)
     maps = explain_states(readings, head, config)
     visuals = () if image is None else read_visuals(image)
     if visuals and len(visuals) != len(maps.image):
@@ -312,7 +313,14 @@ def _finish(
 
 def _versions(backend: str) -> tuple[tuple[str, str], ...]:
     names = ("fastattr", "torch", "triton") if backend == "triton" else ("fastattr", "torch")
-    return tuple((name, version(name)) for name in names)
+    return tuple((name, _version(name)) for name in names)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # imported from a source tree
+        return "not installed"
 
 
 def _notes(maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastattr.adapters.hooks import decoder_of, record_output
 from fastattr.errors import UnsupportedModelError
-from fastattr.maps import class_activations
+from fastattr.maps import check_head, class_activations
 from fastattr.types import OutputHead
 
 PROVEN_IDS = 4096
@@ -25,6 +25,7 @@ def read_head(hf_model: nn.Module, config: Any, valid_vocab: int | None) -> Outp
 
     Raises:
         UnsupportedModelError: there is no head, or it does something else.
+        StatesError: it holds NaN or Inf.
     """
     module = hf_model.get_output_embeddings()  # type: ignore[operator]
     if module is None:
@@ -38,6 +39,7 @@ def read_head(hf_model: nn.Module, config: Any, valid_vocab: int | None) -> Outp
     plain = OutputHead(
         weight, bias, valid_vocab=valid_vocab if valid_vocab is not None and valid_vocab < vocab else None
     )
+    check_head(plain)
     configured = replace(
         plain,
         logit_scale=float(getattr(text_config, "logit_scale", None) or 1.0),

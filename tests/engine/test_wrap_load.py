@@ -14,6 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 import fastattr
 from fastattr import adapters
 from fastattr.adapters.processors import ComposedProcessor
+from fastattr.errors import StatesError
 from tests.engine import family_models as tiny
 from tests.engine.family_models import ANSWER, PROMPT, Tiny, picture
 
@@ -160,6 +161,14 @@ def test_somebodys_tiny_qwen_and_a_duck_typed_processor() -> None:
     assert why.tokens == ("The", " red", " circle", " is", " at", " the", " top", " left", ".")
     assert why.model == "Qwen2VLForConditionalGeneration"
     assert why.source == "replay"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_whose_output_embeddings_are_not_finite(value: float) -> None:
+    held = tiny.qwen2_vl()
+    held.hf_model.get_output_embeddings().weight.data[5, 0] = value
+    with pytest.raises(StatesError, match="holds NaN or Inf, expected finite numbers"):
+        fastattr.wrap(held.hf_model, held.processor)
 
 
 def test_wrap_names_the_model_as_asked() -> None:
