@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
-from fastattr.maps import check_head, log_probs
+from fastattr.maps import check_head, check_states, log_probs
 from fastattr.method import explain_states
 from fastattr.msea import base_scale
 from fastattr.text import Decode, decode_tokens, show_ids
@@ -164,6 +164,7 @@ def attribute_states(
         )
     readings = [ScaleStates(h, i, la, s) for h, i, la, s in zip(*every, config.scales, strict=True)]
     head = output_embeddings if isinstance(output_embeddings, OutputHead) else OutputHead(output_embeddings)
+    check_states(readings[0], head)  # shapes and devices first
     check_head(head)
     maps = explain_states(readings, head, config)
     visuals = () if image is None else read_visuals(image)

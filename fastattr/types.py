@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -206,7 +207,7 @@ class TokenLayout:
 
     @property
     def image_positions(self) -> tuple[int, ...]:
-        return tuple(position for group in self.images for position in group.positions)
+        return tuple(chain.from_iterable(group.positions for group in self.images))
 
     @property
     def context(self) -> tuple[int, ...]:

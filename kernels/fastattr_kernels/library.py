@@ -194,8 +194,8 @@ _remove_interference_operator = custom_op("fastattr::remove_interference", mutat
 
 @_remove_interference_operator.register_fake
 def _(activation, mean, backend):  # type: ignore[no-untyped-def]
-    targets = activation.shape[0]
-    return torch.empty_like(activation), activation.new_empty(targets), activation.new_empty((targets, 2))
+    cleaned = torch.empty_like(activation, dtype=torch.float32)
+    return cleaned, cleaned.new_empty(len(activation)), cleaned.new_empty((len(activation), 2))
 
 
 def rank_gaussian(maps: Tensor, span: Tensor | None = None, *, backend: str = "auto") -> Tensor:

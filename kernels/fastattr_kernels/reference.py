@@ -1,38 +1,85 @@
-"""What each operation means, in readable torch, for all targets at once.
+"""What each operation means, in readable torch, for all targets at once; also how a CPU runs it.
 
 Every function takes plain tensors on one device, accumulates in float32 and returns float32 (or
 integer ids). Sources: TAM is arXiv 2506.23270, MSEA and ARC are arXiv 2509.22415; RBO is Webber,
 Moffat and Zobel, ACM TOIS 2010.
+
+Where tensors are large the work goes block by block through buffers that are written again and again (`out=`):
+what is between input and result then stays in the cache, and fresh memory, which costs more than the arithmetic
+done in it, is only taken for results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_BYTES = 32 * 2**20  # of logits, and of output embeddings as float32, for one chunk of the vocabulary
+CHUNK_BYTES = 16 * 2**20  # of logits, and of output embeddings as float32, for one chunk of the vocabulary
+GROUP = 32  # neighbouring ids whose greatest logit bounds the others
+BLOCK = 128  # targets, or context tokens, worked on together
+BLOCK_BYTES = 2 * 2**20  # of maps worked on together, with everything in between
 ROUNDING = 1e-6  # relative error of a float32 map after its context is subtracted
 ONE = 2**30  # a relevance of 1, in whole numbers
-BLOCK = 128  # targets whose context is cut to what stands before them
-GROUP = 32  # columns whose maximum bounds the top-k
 
 
-def _logits(hidden: Tensor, rows: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+def _blocks(length: int, size: int) -> Iterator[slice]:
+    """`range(length)` in consecutive slices of `size`, the last one shorter."""
+    for start in range(0, length, size):
+        yield slice(start, min(length, start + size))
+
+
+def _on_matrix_units(hidden: Tensor, rows: Tensor) -> bool:
+    """Whether a GPU multiplies these as they are and accumulates in float32; anything else is upcast first."""
+    return hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
+
+
+def _logits(
+    hidden: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,
+) -> Tensor:
     """`lm_head` on chosen rows: `softcap * tanh(logit_scale * (hidden @ rows.T + bias) / softcap)`."""
-    if hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16):
-        logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)  # the same products, on the matrix units
+    if _on_matrix_units(hidden, rows):
+        logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
     else:
-        logits = hidden.float() @ rows.float().T
+        logits = torch.mm(hidden.float(), rows.float().T, out=out)
     if bias is not None:
         logits += bias.float()
     if logit_scale != 1.0:
         logits *= logit_scale
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+        logits.div_(softcap).tanh_().mul_(softcap)
     return logits
+
+
+def _logit_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, vocab: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The first id and the logits `[position column]` of one chunk of the vocabulary after the other.
+
+    The memory of a chunk is used again for the next. Its columns are whole groups; past the vocabulary they are -inf.
+    """
+    width = min(vocab, max(GROUP, CHUNK_BYTES // (4 * max(1, *hidden.shape)) // GROUP * GROUP))
+    buffer = upcast = None
+    if not _on_matrix_units(hidden, weight):
+        hidden = hidden.float()
+        buffer = torch.empty(len(hidden), width, device=hidden.device)
+        if weight.dtype != torch.float32:
+            upcast = torch.empty(width, weight.shape[1], device=weight.device)
+    for ids in _blocks(vocab, width):
+        count = ids.stop - ids.start
+        rows = weight[ids] if upcast is None else upcast[:count].copy_(weight[ids])
+        out = None if buffer is None else buffer[:, :count]
+        logits = _logits(hidden, rows, None if bias is None else bias[ids], logit_scale, softcap, out=out)
+        if count % GROUP:
+            logits = F.pad(logits, (0, -count % GROUP), value=-torch.inf)
+        yield ids.start, logits
 
 
 def lens(
@@ -83,10 +130,8 @@ def lm_head_topk(
     Raises:
         ValueError: when `k` is not within the vocabulary.
     """
-    ids, values, _ = lm_head_summary(
-        hidden, weight, k, bias, logit_scale=logit_scale, softcap=softcap, valid_vocab=valid_vocab
-    )
-    return ids, values
+    best, _ = _scan_vocabulary(hidden, weight, k, bias, logit_scale, softcap, valid_vocab, with_logsumexp=False)
+    return _ids_and_values(best)
 
 
 def lm_head_summary(
@@ -109,47 +154,81 @@ def lm_head_summary(
     Raises:
         ValueError: when `k` is not within the vocabulary.
     """
+    best, total = _scan_vocabulary(hidden, weight, k, bias, logit_scale, softcap, valid_vocab, with_logsumexp=True)
+    return *_ids_and_values(best), total
+
+
+def _scan_vocabulary(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    valid_vocab: int | None,
+    *,
+    with_logsumexp: bool,
+) -> tuple[Tensor, Tensor]:
+    """Keys of the top-k `[position k]`, see `_keys`, and log-sum-exp `[position]` if asked for."""
     vocab = weight.shape[0] if valid_vocab is None else valid_vocab
     if not 1 <= k <= vocab:
         raise ValueError(f"k is {k}, expected 1 to {vocab}, the number of ids in the vocabulary")
-    positions = hidden.shape[0]
-    width = max(k, CHUNK_BYTES // (4 * max(1, *hidden.shape)))
-    total = torch.full((positions,), -torch.inf, device=hidden.device)
-    best_ids = torch.empty(positions, 0, dtype=torch.int64, device=hidden.device)
-    best_values = torch.empty(positions, 0, dtype=torch.float32, device=hidden.device)
-    for start in range(0, vocab, width):
-        stop = min(vocab, start + width)
-        chunk_bias = None if bias is None else bias[start:stop]
-        logits = _logits(hidden, weight[start:stop], chunk_bias, logit_scale, softcap)
-        total = torch.logaddexp(total, logits.logsumexp(dim=1))
-        values, columns = _topk_columns(logits.nan_to_num_(-torch.inf, torch.inf, -torch.inf), min(k, stop - start))
-        # what is kept comes first and has lower ids, so a stable sort breaks ties by id
-        values, ids = torch.cat([best_values, values], 1), torch.cat([best_ids, columns + start], 1)
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        best_values, best_ids = values.gather(1, order), ids.gather(1, order)
-    return best_ids.int(), best_values, total
+    best = torch.full((len(hidden), k), torch.iinfo(torch.int64).min, device=hidden.device)
+    total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    for first_id, logits in _logit_chunks(hidden, weight, bias, logit_scale, softcap, vocab):
+        for rows in _blocks(len(hidden), BLOCK):
+            _keep_best_(best[rows], logits[rows], first_id)
+            if with_logsumexp:
+                total[rows] = torch.logaddexp(total[rows], _logsumexp_(logits[rows]))
+    return best, total
 
 
-def _topk_columns(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact top-k of each row, ties by lower column, without sorting whole rows.
+def _keep_best_(best: Tensor, logits: Tensor, first_id: int) -> None:
+    """Merge a chunk of logits `[row column]` into the best keys so far `[row k]`, in place.
 
-    The k-th largest of the maxima of groups of columns is a lower bound of the k-th largest value, so only
-    the few values that reach it are sorted.
+    At most k groups of columns can hold a top-k logit: those with the greatest maxima, of equal ones the first.
+    Any logit elsewhere has k before it, one from each of these groups. So memory and work are bounded whatever
+    the logits are, and few groups are left to look into once good candidates are known.
     """
-    groups = values.shape[1] // GROUP
-    if groups < k:
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        return values.gather(1, order), order
-    maxima = values[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(dim=2)
-    bound = maxima.topk(k, dim=1).values[:, -1:]
-    rows, columns = (values >= bound).nonzero(as_tuple=True)  # columns ascend within a row
-    counts = torch.bincount(rows, minlength=len(values))
-    slots = torch.arange(len(rows), device=values.device) - (counts.cumsum(0) - counts)[rows]
-    kept = values.new_full((len(values), int(counts.max())), -torch.inf)
-    kept_columns = torch.zeros_like(kept, dtype=torch.int64)
-    kept[rows, slots], kept_columns[rows, slots] = values[rows, columns], columns
-    order = kept.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return kept.gather(1, order), kept_columns.gather(1, order)
+    k = best.shape[1]
+    groups = logits.unflatten(1, (-1, GROUP))
+    maxima = groups.amax(dim=2)
+    if maxima.isnan().any():
+        groups = groups.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        maxima = groups.amax(dim=2)
+    first_ids = torch.arange(first_id, first_id + logits.shape[1], GROUP, device=logits.device)
+    bounds = _keys(maxima, first_ids)  # no key in a group is greater
+    count = min(k, int((bounds > best[:, -1:]).sum(dim=1).amax()))
+    chosen = bounds.topk(count, dim=1).indices
+    lines = chosen + torch.arange(len(best), device=logits.device)[:, None] * groups.shape[1]
+    values = groups.flatten(0, 1).index_select(0, lines.flatten()).view(len(best), count, GROUP)
+    ids = first_ids[chosen][:, :, None] + torch.arange(GROUP, device=logits.device)
+    best.copy_(torch.cat([best, _keys(values, ids).flatten(1)], dim=1).topk(k, dim=1).values)
+
+
+def _keys(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 that order as logits do: the greater value first, of equal values the lower id. No two are equal."""
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 makes -0.0 the zero it equals
+    return _ordered(bits).long() * 2**32 - ids
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """int32 that order as the floats do whose bits they are, and back: negative floats order backwards by their bits."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _ids_and_values(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 ids and float32 values of what `_keys` made."""
+    ordered = (keys + (2**32 - 1)) >> 32
+    return (ordered * 2**32 - keys).int(), _ordered(ordered.int()).view(torch.float32)
+
+
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """Log-sum-exp of each row `[row column]`, which is overwritten."""
+    peak = logits.amax(dim=1, keepdim=True)
+    # less than e^-80 of the greatest adds nothing to the sum, but exp is slow where it underflows
+    logits.sub_(torch.where(peak.isinf(), 0.0, peak)).clamp_(min=-80.0)
+    return logits.exp_().sum(dim=1).log_().add_(peak[:, 0])
 
 
 def lm_head_log_prob(
@@ -173,13 +252,9 @@ def lm_head_log_prob(
         float32 `[position]`.
     """
     vocab = weight.shape[0] if valid_vocab is None else valid_vocab
-    width = max(1, CHUNK_BYTES // (4 * max(1, *hidden.shape)))
     total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
-    for start in range(0, vocab, width):
-        stop = min(vocab, start + width)
-        chunk_bias = None if bias is None else bias[start:stop]
-        values = _logits(hidden, weight[start:stop], chunk_bias, logit_scale, softcap)
-        total = torch.logaddexp(total, values.logsumexp(dim=1))
+    for _, logits in _logit_chunks(hidden, weight, bias, logit_scale, softcap, vocab):
+        total = torch.logaddexp(total, _logsumexp_(logits))
     own = lm_head_logit(hidden, weight, ids, bias, logit_scale=logit_scale, softcap=softcap)
     return own - total
 
@@ -224,24 +299,33 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: i
     Returns:
         float32 `[target context]` in [0, 1].
     """
-    k = left.shape[1]
+    k, targets, context = left.shape[1], len(left), len(right)
     table = overlap_table(k, persistence, left.device)
+    worths = table.tolist()
 
-    # for every id that `right` ranks, what its rank is worth in each row; the last line stands for "absent"
-    known, compact = torch.unique(right, return_inverse=True)
-    worth = torch.zeros(len(known) + 1, len(right), dtype=torch.int32, device=right.device)
-    worth.scatter_(0, compact.T.contiguous(), table[:, None].expand(k, len(right)))
-    line = torch.searchsorted(known, left).clamp_(max=len(known) - 1)
-    line = torch.where(known[line] == left, line, len(known))
+    # ids become small numbers; those of `left` by rank, so that the ids at one rank lie together
+    ids, numbers = torch.unique(torch.cat([left, right]), return_inverse=True)
+    wanted, ranked = numbers[:targets].T.contiguous(), numbers[targets:]
 
-    # the table falls, so table[max(a, b)] = min(table[a], table[b])
-    overlap = torch.zeros(len(left), len(right), dtype=torch.int32, device=left.device)
-    for a in range(k):  # over ranks, not over targets
-        overlap += worth[line[:, a]].clamp_(max=int(table[a]))
-    relevance = overlap.float() / ONE
-    if n_before is None:
-        return relevance
-    return torch.where(_causal(len(left), len(right), n_before, left.device), relevance, 0.0)
+    # for every id that a block of `right` ranks, what its rank is worth to each context token of the block
+    relevance = torch.zeros(targets, context, device=left.device)
+    line_of = torch.empty(len(ids), dtype=torch.int64, device=left.device)
+    worth = torch.empty(BLOCK * k + 1, BLOCK, dtype=torch.int32, device=left.device)
+    common, total = torch.empty(2, targets, BLOCK, dtype=torch.int32, device=left.device)
+    for columns in _blocks(context, BLOCK):
+        width = columns.stop - columns.start
+        first = 0 if n_before is None else min(targets, max(0, columns.start + 1 - n_before))
+        line_of.fill_(BLOCK * k)  # the last line stands for "absent"
+        line_of[ranked[columns].flatten()] = torch.arange(width * k, device=left.device)
+        worth.zero_()
+        worth[line_of[ranked[columns]], torch.arange(width, device=left.device)[:, None]] = table
+        lines = line_of[wanted[:, first:]]
+        total[first:] = 0
+        for rank in range(k):  # the table falls, so table[max(a, b)] = min(table[a], table[b])
+            torch.index_select(worth, 0, lines[rank], out=common[first:])
+            total[first:] += common[first:].clamp_(max=worths[rank])
+        torch.div(total[first:, :width], ONE, out=relevance[first:, columns])
+    return relevance if n_before is None else relevance.tril_(n_before - 1)
 
 
 def overlap_table(k: int, persistence: float, device: torch.device) -> Tensor:
@@ -255,11 +339,6 @@ def overlap_table(k: int, persistence: float, device: torch.device) -> Tensor:
     table = (weight.flip(0).cumsum(0).flip(0) / (1 - persistence**k) * ONE).round_().int()
     table[0] += ONE - int(table.sum())
     return table.to(device)
-
-
-def _causal(targets: int, context: int, n_before: int, device: torch.device) -> Tensor:
-    """bool `[target context]`: whether the context token stands before the target."""
-    return torch.arange(context, device=device) < n_before + torch.arange(targets, device=device)[:, None]
 
 
 def arc_weight(
@@ -284,8 +363,10 @@ def arc_weight(
         relevance and weight, float32 `[target context]` each.
     """
     relevance = rank_overlap(left, right, persistence, n_before=n_before)
-    weight = 1.0 - relevance if scores is None else (1.0 - relevance) * scores
-    return relevance, torch.where(counts, weight, 0.0)
+    weight = 1.0 - relevance
+    if scores is not None:
+        weight *= scores
+    return relevance, weight.masked_fill_(counts.logical_not(), 0.0)
 
 
 def context_mean(context_activation: Tensor, weight: Tensor, *, n_before: int | None = None) -> Tensor:
@@ -304,12 +385,10 @@ def context_mean(context_activation: Tensor, weight: Tensor, *, n_before: int | 
     """
     total = weight.sum(dim=1, keepdim=True)
     mean = torch.empty(len(weight), context_activation.shape[1], device=weight.device)
-    rows = len(weight) if n_before is None else BLOCK
-    for start in range(0, len(weight), max(1, rows)):
-        stop = min(len(weight), start + rows)
-        seen = weight.shape[1] if n_before is None else min(weight.shape[1], n_before + stop)
-        torch.mm(weight[start:stop, :seen], context_activation[:seen], out=mean[start:stop])
-    return mean / torch.where(total > 0, total, 1.0)
+    for rows in _blocks(len(weight), len(weight) if n_before is None else BLOCK):
+        seen = weight.shape[1] if n_before is None else min(weight.shape[1], n_before + rows.stop)
+        torch.mm(weight[rows, :seen], context_activation[:seen], out=mean[rows])
+    return mean.div_(torch.where(total > 0, total, 1.0))
 
 
 def remove_interference(activation: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,33 +397,36 @@ def remove_interference(activation: Tensor, mean: Tensor) -> tuple[Tensor, Tenso
     `lam_t = <A_t, M_t> / <M_t, M_t>`, `out_t = relu(A_t - lam_t M_t)`; what is left within rounding of zero is zero.
 
     Args:
-        activation, mean: `[target position]`, not negative.
+        activation, mean: `[target position]`, not negative. A NaN comes out as NaN, also in the extremes.
 
     Returns:
         the cleaned maps `[target position]`, `lam [target]` (zero where `M_t` is zero), and the least and the
         greatest value of each cleaned map, `[target 2]`.
     """
-    norm = (mean * mean).sum(dim=1)
-    scale = torch.where(norm > 0, (activation * mean).sum(dim=1) / torch.where(norm > 0, norm, 1.0), 0.0)
-    left = activation - scale[:, None] * mean
-    # what is within rounding of nothing is nothing: normalisation would blow it up to a map
-    cleaned = torch.where(left > ROUNDING * activation, left, 0.0)
-    return cleaned, scale, torch.stack(cleaned.aminmax(dim=1), dim=1)
+    cleaned = torch.empty_like(activation, dtype=torch.float32)
+    scale, span = cleaned.new_empty(len(cleaned)), cleaned.new_empty(len(cleaned), 2)
+    for rows in _blocks(len(activation), BLOCK):
+        own, shared = activation[rows], mean[rows]
+        norm = (shared * shared).sum(dim=1)
+        fit = (own * shared).sum(dim=1) / torch.where(norm == 0, 1.0, norm)
+        scale[rows] = torch.where(norm == 0, 0.0, fit)
+        left = torch.addcmul(own, scale[rows, None], shared, value=-1)
+        # what is within rounding of nothing is nothing: normalisation would blow it up to a map
+        cleaned[rows] = left.masked_fill_(left <= ROUNDING * own, 0.0)
+        span[rows] = _extremes(cleaned[rows])
+    return cleaned, scale, span
 
 
-# a sorting network for nine values: 25 compare-exchanges, right for every input of zeros and ones
-_NINE_SORTED = (
-    *((0, 3), (1, 7), (2, 5), (4, 8), (0, 7), (2, 4), (3, 8), (5, 6), (0, 2), (1, 3), (4, 5), (7, 8)),
-    *((1, 4), (3, 6), (5, 7), (0, 1), (2, 4), (3, 5), (6, 8), (2, 3), (4, 5), (6, 7), (1, 2), (3, 4), (5, 6)),
-)
+def _extremes(maps: Tensor) -> Tensor:
+    """The least and the greatest value of each target `[target ...]`, `[target 2]`."""
+    return torch.stack([maps.flatten(1).amin(dim=1), maps.flatten(1).amax(dim=1)], dim=1)
 
 
-def stretch(maps: Tensor, span: Tensor) -> Tensor:
+def stretch(maps: Tensor, span: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Map each target's `span [target 2]` to [0, 1]; what lies outside is clamped, an empty span gives zeros."""
     low, high = span.T.reshape(2, -1, *[1] * (maps.ndim - 1))
-    empty = high <= low
-    scaled = (maps - low) / torch.where(empty, 1.0, high - low)
-    return torch.where(empty, 0.0, scaled).clamp_(0.0, 1.0)
+    size = torch.where(high <= low, torch.inf, high - low)
+    return torch.sub(maps, low, out=out).div_(size).clamp_(0.0, 1.0)
 
 
 def rank_gaussian(maps: Tensor, span: Tensor | None = None) -> Tensor:
@@ -361,26 +443,104 @@ def rank_gaussian(maps: Tensor, span: Tensor | None = None) -> Tensor:
     Returns:
         float32 of the same shape.
     """
-    if span is not None:
-        maps = stretch(maps, span)
-    target, frames, height, width = maps.shape
-    flat = maps.reshape(target * frames, 1, height, width)
-    flat = F.pad(flat, (0, 0, 1, 1), mode="reflect" if height > 1 else "replicate")
-    flat = F.pad(flat, (1, 1, 0, 0), mode="reflect" if width > 1 else "replicate")[:, 0]
-    ranked = [flat[:, i : i + height, j : j + width].contiguous() for i in range(3) for j in range(3)]
-    mean = sum(ranked[1:], ranked[0]) / 9
-    variance = sum(((each - mean) ** 2 for each in ranked[1:]), (ranked[0] - mean) ** 2) / 9
-    for low, high in _NINE_SORTED:  # nine shifted planes, sorted pixel by pixel
-        ranked[low], ranked[high] = torch.minimum(ranked[low], ranked[high]), torch.maximum(ranked[low], ranked[high])
+    targets, frames, height, width = maps.shape
+    flat = maps.reshape(targets * frames, height, width)
+    unit = torch.ones(len(flat), 1, 1, device=maps.device)
+    if span is None:
+        # a power of two changes no digit and no weight, and keeps squares in the range of float32
+        unit = torch.ldexp(unit, flat.amax(dim=(1, 2), keepdim=True).frexp().exponent.clamp(-100, 100))
+    else:
+        span = span.repeat_interleave(frames, dim=0)
 
-    # a rank d away from the median weighs q^(d^2) with q = exp(-1 / (2 sigma^2)); without spread q is 0
-    spread = variance > 0
-    q = torch.where(spread, torch.exp(-mean * mean / (2 * torch.where(spread, variance, 1.0))), 0.0)
-    q4 = q**4
-    q9, q16 = q4 * q4 * q, q4**4
-    total = ranked[4] + q * (ranked[3] + ranked[5]) + q4 * (ranked[2] + ranked[6])
-    total += q9 * (ranked[1] + ranked[7]) + q16 * (ranked[0] + ranked[8])
-    return (total / (1 + 2 * (q + q4 + q9 + q16))).reshape(maps.shape)
+    filtered = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    size = min(len(flat), max(1, BLOCK_BYTES // (4 * 16 * height * (width + 2))))
+    padded = torch.empty(size, height + 2, width + 2, device=maps.device)
+    planes = torch.empty(15, size, height, width + 2, device=maps.device)
+    for block in _blocks(len(flat), max(1, size)):
+        if block.stop == len(flat):  # the last block is a whole one too
+            block = slice(len(flat) - size, len(flat))
+        padded[:, 1:-1, 1:-1] = flat[block]
+        _reflect_(padded, 1)
+        _reflect_(padded, 2)
+        if span is None:
+            padded.div_(unit[block])
+        else:
+            stretch(padded, span[block], out=padded)
+        torch.mul(_filter_windows(padded, planes), unit[block], out=filtered[block])
+    return filtered.reshape(maps.shape)
+
+
+def _reflect_(padded: Tensor, dim: int) -> None:
+    """Fill the first and the last line of a dimension with the next but one, or the next where there is one only."""
+    step = min(2, padded.shape[dim] - 2)
+    padded.select(dim, 0).copy_(padded.select(dim, step))
+    padded.select(dim, -1).copy_(padded.select(dim, -1 - step))
+
+
+# what is left to compare where the rows and the columns of nine values `[3 3]` are sorted
+_NINE_SORTED = ((1, 3), (5, 7), (2, 6), (2, 3), (5, 6), (3, 4), (4, 5))
+
+
+def _filter_windows(padded: Tensor, planes: Tensor) -> Tensor:
+    """The filter on every 3x3 window of `padded [map h+2 w+2]`: a view `[map h w]` of the scratch `planes`.
+
+    Rows keep their two columns of padding until the end, so that the neighbours on the right are one flat plane
+    further on; what this reads across the end of a row lands in those columns.
+    """
+    height, width = padded.shape[1] - 2, padded.shape[2] - 2
+    above, here, below = (padded[:, i : i + height] for i in range(3))
+
+    # sums over columns of three and then over windows: of the values, and of their squares
+    columns, sums = planes[:2], planes[3:5]
+    torch.add(above, here, out=columns[0]).add_(below)
+    torch.mul(above, above, out=columns[1]).addcmul_(here, here).addcmul_(below, below)
+    left, middle, right = _neighbours(columns)
+    torch.add(left, middle, out=_neighbours(sums)[0]).add_(right)
+
+    # ranks: a sorted column serves three windows; then the lowest of three columns are sorted, the middle, the highest
+    columns, rows = planes[:3], planes[5:14].unflatten(0, (3, 3))
+    _sort_three((above, here, below), *columns)
+    _sort_three(_neighbours(columns), *(_neighbours(each)[0] for each in rows))
+    ranked = [each.flatten() for each in rows.transpose(0, 1).flatten(0, 1)]
+    spare = planes[14].flatten()
+    for a, b in _NINE_SORTED:
+        torch.minimum(ranked[a], ranked[b], out=spare)
+        torch.maximum(ranked[a], ranked[b], out=ranked[b])
+        ranked[a], spare = spare, ranked[a]
+
+    # a rank d away from the median weighs q^(d^2) with q = exp(-mean^2 / (2 variance)). That the variance is a
+    # difference of sums does no harm: it is off by 1e-6 of mean^2, and q vanishes below 0.03 of it
+    total, squares = sums.flatten(1)
+    square = total.mul_(total).clamp_(min=1e-30)  # with the next bound: without spread q is 0
+    spread = squares.sub_(square, alpha=1 / 9).clamp_(min=1e-38)
+    (q, q4, q9), q16 = planes[:3].flatten(1), spare
+    torch.div(square, spread, out=q).mul_(-1 / 18).exp_()
+    torch.mul(q, q, out=q4).mul_(q4)
+    torch.mul(q4, q4, out=q16)
+    torch.mul(q16, q, out=q9)
+    q16.mul_(q16)
+    result = ranked[4]
+    for distance, weight in enumerate((q, q4, q9, q16), start=1):
+        result.addcmul_(weight, ranked[4 - distance].add_(ranked[4 + distance]))
+    result.div_(q.add_(q4).add_(q9).add_(q16).mul_(2).add_(1))
+    return result.view(-1, height, width + 2)[:, :, :width]
+
+
+def _neighbours(planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every pixel of planes in a row, the one after it and the one after that, but for the last two."""
+    flat = planes.view(-1)
+    return flat[:-2], flat[1:-1], flat[2:]
+
+
+def _sort_three(values: Sequence[Tensor], low: Tensor, middle: Tensor, high: Tensor) -> None:
+    """Sort three planes pixel by pixel into three others."""
+    a, b, c = values
+    torch.minimum(a, b, out=low)
+    torch.maximum(a, b, out=high)
+    torch.minimum(high, c, out=middle)
+    torch.maximum(high, c, out=high)
+    torch.maximum(low, middle, out=middle)
+    torch.minimum(low, c, out=low)
 
 
 def multiscale(
@@ -393,7 +553,8 @@ def multiscale(
 ) -> tuple[Tensor, Tensor]:
     """Upsample the maps of every scale to one grid, or to the image's size, and sum them (MSEA).
 
-    Bilinear with half-pixel centres (`align_corners=False`).
+    Bilinear with half-pixel centres (`align_corners=False`), which is a matrix for the rows and one for the
+    columns of a scale. The matrices for the rows stand side by side, so that their product is the sum of all scales.
 
     Args:
         maps: for each scale `[target t h_s w_s]`.
@@ -409,14 +570,38 @@ def multiscale(
         raise ValueError("multiscale got no maps, expected at least one scale")
     if dtype not in (torch.float32, torch.float16, torch.uint8):
         raise ValueError(f"dtype is {dtype}, expected float32, float16 or uint8")
-    total: Tensor | None = None
-    for index, scale_maps in enumerate(maps):
-        scaled = scale_maps * weights[:, index, None, None, None]
-        if scaled.shape[-2:] != size:
-            scaled = F.interpolate(scaled, size=size, mode="bilinear", align_corners=False)
-        total = scaled if total is None else total + scaled
-    assert total is not None
-    extremes = torch.stack(total.flatten(1).aminmax(dim=1), dim=1)
-    if dtype == torch.uint8:
-        total = stretch(total, extremes if span is None else span).mul_(255).round_()
-    return total.to(dtype), extremes
+    targets, frames = maps[0].shape[:2]
+    height, width = size
+    resized = [index for index, each in enumerate(maps) if each.shape[-2:] != (height, width)]
+    to_rows = [_interpolation(maps[index].shape[-2], height, weights.device) for index in resized]
+    to_columns = [_interpolation(maps[index].shape[-1], width, weights.device).T for index in resized]
+    to_all_rows = torch.cat(to_rows, dim=1) if resized else None
+
+    result = torch.empty(targets, frames, height, width, dtype=dtype, device=weights.device)
+    extremes = torch.empty(targets, 2, device=weights.device)
+    block_size = max(1, BLOCK_BYTES // (4 * 2 * frames * height * width))
+    buffer = torch.empty(min(targets, block_size), frames, height, width, device=weights.device)
+    for block in _blocks(targets, block_size):
+        total = result[block] if dtype == torch.float32 else buffer[: block.stop - block.start]
+        weighted = [each[block] * weights[block, index, None, None, None] for index, each in enumerate(maps)]
+        if to_all_rows is None:
+            total.zero_()
+        else:
+            wide = [weighted[index].flatten(0, 1) @ matrix for index, matrix in zip(resized, to_columns, strict=True)]
+            torch.matmul(to_all_rows, torch.cat(wide, dim=1), out=total.flatten(0, 1))
+        for index, each in enumerate(weighted):
+            if index not in resized:
+                total += each
+        extremes[block] = _extremes(total)
+        if dtype == torch.uint8:
+            stretch(total, extremes[block] if span is None else span[block], out=total).mul_(255).round_()
+        if dtype != torch.float32:
+            result[block] = total
+    return result, extremes
+
+
+def _interpolation(size: int, new_size: int, device: torch.device) -> Tensor:
+    """`[new_size size]`: how the pixels of one side make up those of another."""
+    source = (torch.arange(new_size, dtype=torch.float64) + 0.5) * size / new_size - 0.5
+    distance = source.clamp_(0, size - 1)[:, None] - torch.arange(size)
+    return (1 - distance.abs()).clamp_(min=0).float().to(device)
