@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ def machine(command: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _triton(),
         "numpy": np.__version__,
         "commit": _commit(),
     }
@@ -45,6 +48,14 @@ def read_jsonl(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return header, rows
 
 
+def _triton() -> str | None:
+    """Version of triton; None where it is not installed."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -56,6 +67,8 @@ def _cpu_model() -> str:
 
 def _commit() -> str | None:
     """Short hash of the checkout, `+` where it has uncommitted changes; None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:

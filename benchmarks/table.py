@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.record import RESULTS, read_jsonl
@@ -60,22 +60,157 @@ def ablation_summary(header: Row, rows: Sequence[Row]) -> str:
 
 
 def postprocessing_table(header: Row, rows: Sequence[Row]) -> str:
-    """The engine beside the naive loops."""
+    """The engine beside the naive loops and the numpy program, with and without what all sides multiply."""
     table = markdown(
-        ("method", "targets x image x context", "naive loops, CPU s", "engine, CPU s", "ratio"),
+        (
+            "method",
+            "vocabulary",
+            "after the products: naive",
+            "numpy per token",
+            "engine",
+            "whole: naive",
+            "numpy per token",
+            "engine",
+        ),
+        (
+            (row["method"], f"{row['vocab']:,}", *_sides(row["sides"], "after_products"), *_sides(row["sides"], ""))
+            for row in rows
+        ),
+    )
+    return f"{_targets(rows[0])}; CPU time. {_machine(header)}.\n\n{table}"
+
+
+def postprocessing_stages(header: Row, rows: Sequence[Row]) -> str:
+    """CPU milliseconds of every side by stage."""
+    stages = list(dict.fromkeys(stage for row in rows for side in row["sides"].values() for stage in side["stage_s"]))
+    table = markdown(
+        ("method", "vocabulary", "side", *stages, "whole"),
         (
             (
                 row["method"],
-                f"{row['n_targets']} x {row['n_image']} x {row['n_context']}",
-                f"{row['naive_cpu_s']:.1f}",
-                f"{row['engine_cpu_s']:.3f}",
-                f"{row['ratio']:.0f}x",
+                f"{row['vocab']:,}",
+                name,
+                *(_ms(side["stage_s"][stage]) if stage in side["stage_s"] else "" for stage in stages),
+                _ms(side["cpu_s"]),
+            )
+            for row in rows
+            for name, side in row["sides"].items()
+        ),
+    )
+    return f"{_targets(rows[0])}; CPU milliseconds. {_machine(header)}.\n\n{table}"
+
+
+def _sides(sides: Row, part: str) -> tuple[str, str, str]:
+    """Naive, numpy and engine, each with how many times the engine's time it takes."""
+    time, ratio = (f"{part}_s", f"{part}_ratio") if part else ("cpu_s", "ratio")
+    naive, numpy = (f"{_time(sides[n][time])} ({sides[n][ratio]:.3g}x)" for n in ("naive", "numpy per token"))
+    return naive, numpy, _time(sides["engine"][time])
+
+
+def _targets(row: Row) -> str:
+    return f"{row['n_targets']} targets x {row['n_image']} image tokens x {row['n_context']} context tokens"
+
+
+def suite_table(header: Row, rows: Sequence[Row]) -> str:
+    """Every operation at the base, then the whole as its factors grow."""
+    by_side: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = (row["workload"], row["factor"], *(row[name] for name in SIZES))
+        by_side.setdefault(key, {})[row["side"]] = row
+
+    def line(sides: Mapping[str, Row]) -> tuple[str, ...]:
+        engine = sides["engine"]
+        others = (sides.get(name) for name in ("numpy per token", "naive"))
+        return (
+            *(f"{engine[name]:,}" for name in SIZES),
+            _time(engine["cpu_s"]),
+            _bytes(engine["peak_bytes"]),
+            *("" if other is None else f"{other['cpu_s'] / engine['cpu_s']:.3g}x" for other in others),
+        )
+
+    head = ("targets", "image tokens", "vocabulary", "k", "scales", "engine", "its memory", "numpy per token", "naive")
+    base = markdown(
+        ("operation", *head),
+        ((workload, *line(sides)) for (workload, factor, *_), sides in by_side.items() if factor is None),
+    )
+    growth = markdown(
+        ("grows", *head),
+        (
+            (factor, *line(sides))
+            for (workload, factor, *_), sides in by_side.items()
+            if workload == "whole" and factor is not None
+        ),
+    )
+    return f"{_machine(header)}, width {header['dim']}.\n\n{base}\n\n{growth}"
+
+
+def rates_table(header: Row, rows: Sequence[Row]) -> str:
+    """Single operations against what they are made of."""
+    table = markdown(
+        ("operation", "size", "baseline", "per", "baseline takes", "engine takes", "ratio", "goal", "added memory"),
+        (
+            (
+                row["operation"],
+                row["size"],
+                row["baseline"],
+                row["per"],
+                _time(row["baseline_s"]),
+                _time(row["engine_s"]),
+                f"{row['ratio']:.3g}x",
+                f"{row['goal']:g}x",
+                _bytes(row["added_bytes"]),
             )
             for row in rows
         ),
     )
-    threads = "one thread" if header["threads"] == 1 else f"{header['threads']} threads"
-    return f"{header['cpu']}, {threads}, torch {header['torch']}.\n\n{table}"
+    return f"{_machine(header)}.\n\n{table}"
+
+
+def long_table(header: Row, rows: Sequence[Row]) -> str:
+    """Time and memory of long responses, and how they grow."""
+    grew = {each["case"]: each for each in header["growth"]}
+    table = markdown(
+        ("case", "targets", "image tokens", "CPU time", "peak memory over states and weights"),
+        (
+            (
+                row["case"],
+                f"{row['n_targets']:,}",
+                " ".join(f"{n:,}" for n in row["image_tokens"]),
+                _time(row["cpu_s"]),
+                _bytes(row["peak_bytes"]),
+            )
+            for row in rows
+        ),
+    )
+    growth = markdown(
+        ("case", "time grows as work to the power of", "time over work, longest against shortest"),
+        ((case, f"{each['exponent']:.2f}", f"{each['ratio']:.2f}") for case, each in grew.items()),
+    )
+    return (
+        f"ARC, vocabulary {rows[0]['vocab']:,}, width {rows[0]['dim']}. {_machine(header)}.\n\n{table}\n\n"
+        f"Work is targets x (image tokens + targets).\n\n{growth}"
+    )
+
+
+def overhead_table(header: Row, rows: Sequence[Row]) -> str:
+    """Generation with and without capture, and explanations, as shares of plain generation."""
+    table = markdown(
+        ("model", "call", "CPU time", "of plain generation", "peak memory"),
+        (
+            (
+                row["model"],
+                row["call"],
+                _time(row["cpu_s"]),
+                f"{row['over_generate']:.1%}",
+                _bytes(row["peak_bytes"]),
+            )
+            for row in rows
+        ),
+    )
+    return f"{rows[0]['n_new']} new tokens. {_machine(header)}, transformers {header['transformers']}.\n\n{table}"
+
+
+SIZES = ("n_targets", "n_image", "vocab", "k", "n_scales")
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -92,19 +227,46 @@ def _interval(gain: Row) -> str:
     return f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
+def _machine(header: Row) -> str:
+    threads = "one thread" if header["threads"] == 1 else f"{header['threads']} threads"
+    return f"{header['cpu']}, {threads}, torch {header['torch']}"
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
+
+
+def _bytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.0f} MB"
+
+
 def _plain(value: object) -> str:
     if value is None:
         return "scale^2"
     return " ".join(f"{each:g}" for each in value) if isinstance(value, list | tuple) else str(value)
 
 
+TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
+    ("ablation in short", "ablation", ablation_summary),
+    ("ablation", "ablation", ablation_table),
+    ("post-processing", "postprocessing", postprocessing_table),
+    ("post-processing by stage", "postprocessing", postprocessing_stages),
+    ("how it grows", "suite", suite_table),
+    ("single operations", "rates", rates_table),
+    ("long responses", "long", long_table),
+    ("beside generation", "overhead", overhead_table),
+)
+
+
 def main() -> None:
-    tables = (
-        ("ablation in short", "ablation", ablation_summary),
-        ("ablation", "ablation", ablation_table),
-        ("post-processing", "postprocessing", postprocessing_table),
-    )
-    for title, name, table in tables:
+    for title, name, table in TABLES:
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
             print(f"### {title}\n\n{table(*read_jsonl(path))}\n")

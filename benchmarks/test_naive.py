@@ -28,16 +28,18 @@ def read_golden(path: Path) -> tuple[dict[str, np.ndarray], naive.Reading, int]:
     # quirks: the first slot's class is what the model predicts there, the first answer slot's is the last prefill token
     slots[0] = naive.Slot(prompt[0], int((weight @ hidden[prompt[0]]).argmax()), ids[prompt[0]])
     slots[len(prompt)] = naive.Slot(prefill - 1, ids[prefill - 1], ids[prefill])
-    return tensors, naive.Reading(hidden, weight, np.array(image), (height, width), tuple(slots)), len(prompt)
+    reading = naive.Reading(hidden, weight, np.array(image), (height, width), tuple(slots), prefill)
+    return tensors, reading, len(prompt)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_naive_reproduces_the_reference(path: Path) -> None:
     golden, reading, n_prompt = read_golden(path)
-    raw = [naive.activation(reading, slot) for slot in reading.slots]
+    logits = naive.full_logits(reading)
+    raw = [naive.activation(reading, logits, slot) for slot in reading.slots]
     cleaned = []
     for t in range(len(reading.slots)):
-        weights = naive.tam_weights(reading, t, naive.scores(reading, t))
+        weights = naive.tam_weights(reading, t, naive.scores(reading, logits, t))
         cleaned.append(naive.remove_interference(raw[t], raw[:t], weights))
     np.testing.assert_allclose(raw, golden["raw_maps"], atol=1e-5)
     np.testing.assert_allclose(cleaned, golden["eci_maps"], atol=1e-5)
@@ -61,3 +63,20 @@ def test_rank_biased_overlap_by_hand() -> None:
 
 def test_minimise_finds_the_bottom_of_a_parabola() -> None:
     assert naive.minimise(lambda x: (x - 0.3) ** 2, 0.0, 2.0) == pytest.approx(0.3, abs=1e-7)
+
+
+def test_full_logits_are_those_of_one_product() -> None:
+    rng = np.random.default_rng(0)
+    hidden, weight = rng.standard_normal((2, 7, 5)).astype(np.float32)
+    reading = naive.Reading(hidden, weight, np.arange(2), (1, 2), (), prefill=4)
+    np.testing.assert_allclose(naive.full_logits(reading), hidden.astype(np.float64) @ weight.T, atol=1e-6)
+
+
+def test_upsample_by_hand() -> None:
+    # half-pixel centres: the outer quarters repeat the edge, the middle is shared 3 to 1
+    np.testing.assert_allclose(naive.upsample(np.array([[0.0, 4.0]]), (1, 4)), [[0.0, 1.0, 3.0, 4.0]])
+    np.testing.assert_allclose(naive.upsample(np.array([[0.0], [4.0]]), (4, 1)), [[0.0], [1.0], [3.0], [4.0]])
+
+
+def test_log_prob_of_equal_logits() -> None:
+    assert naive.log_prob(np.full((1, 8), 300.0, np.float32), naive.Slot(0, 3, 3)) == pytest.approx(-np.log(8))
