@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastattr import ops
 from fastattr.errors import TokenLayoutError
-from fastattr.maps import check_ids, class_activations, normalise_jointly
+from fastattr.maps import check_ids, class_activations, joint_range, normalise_maps, normalise_scores, score_range
 from fastattr.msea import split_images
 from fastattr.types import OutputHead, ScaleStates
 
@@ -31,7 +31,6 @@ class TamSlots:
         image: for each image `[answer t h w]` in [0, 1], filtered.
         context: `[answer slot]` in [0, 1], the text scores each map was normalised with.
         raw_range: `[answer 2]`.
-        degenerate: bool `[answer]`.
     """
 
     raw: Tensor
@@ -40,7 +39,6 @@ class TamSlots:
     image: tuple[Tensor, ...]
     context: Tensor
     raw_range: Tensor
-    degenerate: Tensor
 
 
 def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True, backend: str = "torch") -> TamSlots:
@@ -75,11 +73,15 @@ def tam_slots(states: ScaleStates, head: OutputHead, *, filtered: bool = True, b
     # a slot's own score takes no part in its normalisation, except slot 0's, which has no other
     counted = torch.ones_like(text_scores, dtype=torch.bool).tril(-1)
     counted[0, 0] = True
-    image = split_images(cleaned[shown], layout)
-    final = normalise_jointly(
-        image, image_range[shown], text_scores[shown], counted[shown], filtered=filtered, backend=backend
+    raw_range = joint_range(image_range[shown], score_range(text_scores[shown], counted[shown]))
+    return TamSlots(
+        raw,
+        cleaned,
+        text_scores,
+        image=normalise_maps(split_images(cleaned[shown], layout), raw_range, filtered=filtered, backend=backend),
+        context=normalise_scores(text_scores[shown], counted[shown], raw_range),
+        raw_range=raw_range,
     )
-    return TamSlots(raw, cleaned, text_scores, final.image, final.context, final.raw_range, final.degenerate)
 
 
 def likeliest(predictions: Tensor, head: OutputHead) -> Tensor:

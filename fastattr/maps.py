@@ -62,54 +62,50 @@ def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
-class Normalised:
-    """Jointly normalised scores of every target.
+def score_range(scores: Tensor, counted: Tensor) -> Tensor:
+    """Least and greatest counted score of each target, `[target 2]`; inf and -inf where none counts.
 
-    Attributes:
-        image: for each image `[target t h w]` in [0, 1].
-        context: `[target context]` in [0, 1].
-        raw_range: `[target 2]`.
+    Args:
+        scores: `[target context]`.
+        counted: bool `[target context]`.
     """
-
-    image: tuple[Tensor, ...]
-    context: Tensor
-    raw_range: Tensor
-
-    @property
-    def degenerate(self) -> Tensor:
-        """bool `[target]`: all scores of the target are equal, and come out as zeros."""
-        return self.raw_range[:, 1] <= self.raw_range[:, 0]
+    left_out = ~counted
+    low, high = scores.masked_fill(left_out, math.inf).amin(1), scores.masked_fill(left_out, -math.inf).amax(1)
+    return torch.stack([low, high], dim=1)
 
 
-def normalise_jointly(
-    image: Sequence[Tensor], image_range: Tensor, scores: Tensor, counted: Tensor, *, filtered: bool, backend: str
-) -> Normalised:
-    """Min-max over the image and context scores of one target together, then the filter (TAM, section 3.3).
+def joint_range(image_range: Tensor, scores: Tensor) -> Tensor:
+    """What a target's maps and scores span together, `[target 2]`, from the `[target 2]` of both."""
+    low, high = torch.minimum(image_range[:, 0], scores[:, 0]), torch.maximum(image_range[:, 1], scores[:, 1])
+    return torch.stack([low, high], dim=1)
+
+
+def normalise_maps(image: Sequence[Tensor], raw_range: Tensor, *, filtered: bool, backend: str) -> tuple[Tensor, ...]:
+    """Min-max over all of a target's maps and scores together, then the filter (TAM, section 3.3).
 
     A function word that looks at nothing then stays dark. All-equal scores give zeros.
 
     Args:
         image: for each image `[target t h w]`.
-        image_range: `[target 2]`, least and greatest value of the target's maps.
-        scores: `[target context]`.
-        counted: bool `[target context]`, the scores that take part; the others come out as 0.
+        raw_range: `[target 2]`, see `joint_range`.
         filtered: whether the rank-Gaussian filter is applied.
+
+    Returns:
+        for each image `[target t h w]` in [0, 1].
     """
-    low = torch.minimum(image_range[:, 0], _masked(scores, counted, math.inf).amin(1))
-    high = torch.maximum(image_range[:, 1], _masked(scores, counted, -math.inf).amax(1))
-    raw_range = torch.stack([low, high], dim=1)
     if filtered:
-        maps = tuple(ops.rank_gaussian(each, raw_range, backend=backend) for each in image)
-    else:
-        maps = tuple(ops.stretch(each, raw_range) for each in image)
-    return Normalised(maps, torch.where(counted, ops.stretch(scores, raw_range), 0.0), raw_range)
+        return tuple(ops.rank_gaussian(maps, raw_range, backend=backend) for maps in image)
+    return tuple(ops.stretch(maps, raw_range) for maps in image)
 
 
-def _masked(scores: Tensor, counted: Tensor, fill: float) -> Tensor:
-    # one more column, so that a target without any context still has something to reduce over
-    masked = torch.where(counted, scores, fill)
-    return torch.cat([masked, masked.new_full((len(masked), 1), fill)], dim=1)
+def normalise_scores(scores: Tensor, counted: Tensor, raw_range: Tensor) -> Tensor:
+    """The same min-max for scores `[target context]`; those that do not count come out as 0."""
+    return ops.stretch(scores, raw_range).masked_fill_(~counted, 0.0)
+
+
+def is_degenerate(raw_range: Tensor) -> Tensor:
+    """bool `[target]`: all maps and scores of the target are equal, and come out as zeros."""
+    return raw_range[:, 1] <= raw_range[:, 0]
 
 
 def check_states(states: ScaleStates, head: OutputHead) -> None:
@@ -154,7 +150,7 @@ def check_states(states: ScaleStates, head: OutputHead) -> None:
         )
     check_ids(ids[_index(layout.context, ids)], head, at)
     read = hidden[_index((*layout.image_positions, *layout.context_predictors), hidden)]
-    if not bool(torch.isfinite(read).all()):
+    if read.numel() and not all(math.isfinite(float(end)) for end in (read.amin(), read.amax())):
         bad = int((~torch.isfinite(read)).any(dim=1).sum())
         raise StatesError(
             f"hidden_states{at} holds NaN or Inf at {bad} of {len(read)} positions that are read; "

@@ -12,7 +12,18 @@ from fastattr import ops
 from fastattr.arc import counting, interference, rankings
 from fastattr.compat import tam_slots
 from fastattr.errors import TokenLayoutError
-from fastattr.maps import Activations, activations, check_finite, check_states, log_probs, normalise_jointly
+from fastattr.maps import (
+    Activations,
+    activations,
+    check_finite,
+    check_states,
+    is_degenerate,
+    joint_range,
+    log_probs,
+    normalise_maps,
+    normalise_scores,
+    score_range,
+)
 from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
 from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
@@ -69,20 +80,17 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
     scales = Scales(lenses, suspicions, layouts, grids, weights, config, backend)
     targets = base.layout.n_targets
     image = tuple(torch.empty(targets, *grid, device=device) for grid in grids)
-    context = torch.empty_like(scores)
-    raw_range, residual = torch.empty(targets, 2, device=device), torch.empty(targets, device=device)
+    raw_range, residual = score_range(scores, causal), torch.empty(targets, device=device)
     for block in target_blocks(targets, grids, device):
         maps, image_range, residual[block] = block_maps(scales, block)
-        shown = normalise_jointly(
-            maps, image_range, scores[block], causal[block], filtered=config.filter, backend=backend
-        )
-        for whole, part in zip(image, shown.image, strict=True):
+        raw_range[block] = joint_range(image_range, raw_range[block])
+        shown = normalise_maps(maps, raw_range[block], filtered=config.filter, backend=backend)
+        for whole, part in zip(image, shown, strict=True):
             whole[block] = part
-        context[block], raw_range[block] = shown.context, shown.raw_range
-    degenerate = raw_range[:, 1] <= raw_range[:, 0]
+    context = normalise_scores(scores, causal, raw_range)
     if config.compat == "tam":
         slots = tam_slots(base, head, filtered=config.filter, backend=backend)
-        image, context, raw_range, degenerate = slots.image, slots.context, slots.raw_range, slots.degenerate
+        image, context, raw_range = slots.image, slots.context, slots.raw_range
 
     check_finite(log_prob=log_prob, maps=raw_range)
     return TokenMaps(
@@ -93,7 +101,7 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
         agreement=agreement.cpu(),
         raw_range=raw_range.cpu(),
         residual=residual.cpu(),
-        degenerate=degenerate.cpu(),
+        degenerate=is_degenerate(raw_range).cpu(),
         backend=backend,
     )
 
@@ -119,6 +127,8 @@ class Scales:
 
     def aggregate(self, flat_maps: Sequence[Tensor], block: slice) -> Tensor:
         """`[target image]` of every scale to one `[target pixel]`, all images side by side."""
+        if len(flat_maps) == 1:  # on its own grid already, with a weight of 1
+            return flat_maps[0]
         maps = aggregate(flat_maps, self.layouts, self.weights[block], self.grids, self.backend)
         return torch.cat([each.flatten(1) for each in maps], dim=1)
 
@@ -192,7 +202,10 @@ def check_responses(readings: Sequence[ScaleStates]) -> None:
 
 def sum_scales(values: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Sum of `[target n]` over scales with `weights [target scale]`."""
-    return torch.stack([value * weights[:, [s]] for s, value in enumerate(values)]).sum(dim=0)
+    total = values[0] * weights[:, [0]]
+    for s, value in enumerate(values[1:], start=1):
+        total.addcmul_(value, weights[:, [s]])
+    return total
 
 
 def share(cleaned: Tensor, activation: Tensor) -> Tensor:

@@ -583,15 +583,18 @@ def multiscale(
     buffer = torch.empty(min(targets, block_size), frames, height, width, device=weights.device)
     for block in _blocks(targets, block_size):
         total = result[block] if dtype == torch.float32 else buffer[: block.stop - block.start]
-        weighted = [each[block] * weights[block, index, None, None, None] for index, each in enumerate(maps)]
+        weight = weights[block, :, None, None, None]
         if to_all_rows is None:
             total.zero_()
         else:
-            wide = [weighted[index].flatten(0, 1) @ matrix for index, matrix in zip(resized, to_columns, strict=True)]
+            wide = [
+                (maps[index][block] * weight[:, index]).flatten(0, 1) @ matrix
+                for index, matrix in zip(resized, to_columns, strict=True)
+            ]
             torch.matmul(to_all_rows, torch.cat(wide, dim=1), out=total.flatten(0, 1))
-        for index, each in enumerate(weighted):
+        for index, each in enumerate(maps):
             if index not in resized:
-                total += each
+                total.addcmul_(each[block], weight[:, index])
         extremes[block] = _extremes(total)
         if dtype == torch.uint8:
             stretch(total, extremes[block] if span is None else span[block], out=total).mul_(255).round_()
