@@ -210,6 +210,32 @@ def overhead_table(header: Row, rows: Sequence[Row]) -> str:
     return f"{rows[0]['n_new']} new tokens. {_machine(header)}, transformers {header['transformers']}.\n\n{table}"
 
 
+def static_table(header: Row, rows: Sequence[Row]) -> str:
+    """What the compilers made of every kernel: the most registers and shared memory of its variants on each target."""
+    kernels = [row for row in rows if row["record"] == "kernel"]
+    targets = list(dict.fromkeys(row["target"] for row in kernels))
+    names = dict.fromkeys((row["module"].rsplit(".", 1)[1], row["kernel"]) for row in kernels)
+
+    def line(file: str, kernel: str) -> tuple[str, ...]:
+        own = [row for row in kernels if (row["module"].rsplit(".", 1)[1], row["kernel"]) == (file, kernel)]
+        most = [max(row["registers"] for row in own if row["target"] == target) for target in targets]
+        units = sorted({row["matrix_instruction"].split(".")[0] for row in own} - {""})
+        return (
+            f"`{file}.{kernel}`",
+            str(len(own)),
+            " / ".join(map(str, most)),
+            f"{max(row['shared_bytes'] for row in own):,}",
+            str(max(row["spill_bytes"] for row in own)),
+            ", ".join(units),
+        )
+
+    table = markdown(
+        ("kernel", "compiled", f"registers, {' / '.join(targets)}", "shared bytes", "spilled bytes", "matrix units"),
+        (line(*name) for name in names),
+    )
+    return f"Compiled, never run: Triton {header['triton']}.\n\n{table}"
+
+
 SIZES = ("n_targets", "n_image", "vocab", "k", "n_scales")
 
 
@@ -262,6 +288,7 @@ TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
     ("single operations", "rates", rates_table),
     ("long responses", "long", long_table),
     ("beside generation", "overhead", overhead_table),
+    ("compiled kernels", "static", static_table),
 )
 
 

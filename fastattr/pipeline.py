@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from fastattr import ops
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
 from fastattr.maps import check_head, check_states, log_probs
@@ -58,7 +59,7 @@ def attribute(
         one map per response token and image, on the CPU.
 
     Raises:
-        ImageError, InputError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError.
+        ImageError, InputError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError.
     """
     config = AttributionConfig(
         method=method,
@@ -77,6 +78,7 @@ def attribute(
     )
     from fastattr import adapters
 
+    ops.resolve(config.backend, model.head.weight.device)  # before the model runs
     visuals = read_visuals(image)
     encoded = adapters.encode_scales(model, visuals, prompt, config.scales)
     if response is None:

@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.maps",
         "fastattr.method",
         "fastattr.msea",
+        "fastattr.ops",
         "fastattr.text",
     },
     "fastattr.adapters": {"fastattr.images", "fastattr.maps", "fastattr.text"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,3 +137,41 @@ def test_errors_are_one_clear_line(
 def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
     assert {"demo", "explain", "show", "models"} <= set(capsys.readouterr().out.split())
+
+
+def test_bench_measures_in_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it runs is tested where it is, in `benchmarks/test_suite.py`; here: that it is run, and its verdict kept."""
+    asked: list[tuple[list[str], Path]] = []
+
+    def note(command: list[str], *, cwd: Path, check: bool) -> subprocess.CompletedProcess[str]:
+        asked.append((command, cwd))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.chdir(tmp_path)
+    checkout = tmp_path / "checkout"
+    (checkout / "benchmarks").mkdir(parents=True)
+    (checkout / "benchmarks" / "suite.py").touch()
+    monkeypatch.setattr(fastattr, "__file__", str(checkout / "fastattr" / "__init__.py"))
+    assert run(monkeypatch, "bench", "--smoke", "--out", "here.jsonl") == 3
+    ((command, cwd),) = asked
+    assert cwd == checkout
+    assert command[1:3] == ["-m", "benchmarks.suite"] and "--smoke" in command
+    assert command[command.index("--out") + 1] == str(tmp_path / "here.jsonl")
+
+
+def test_bench_outside_a_checkout_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fastattr, "__file__", str(tmp_path / "fastattr" / "__init__.py"))
+    assert run(monkeypatch, "bench") == 2
+    assert "clone the repository" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_is_one_line(
+    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "explain", picture, "--response", "a circle", "--backend", "triton") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "'triton' was asked for, but the tensors are on cpu" in lines[-1]
+    assert not any("Traceback" in line for line in lines)
