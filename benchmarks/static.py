@@ -307,11 +307,17 @@ def _merged(reports: Iterable[Report]) -> list[Report]:
 
 
 def compile_all(module: str, targets: Sequence[str], *, processes: int = 2) -> Iterator[list[Report]]:
-    """Compile every workload of `module` for every target; yields the reports of each as they come."""
+    """Compile every workload of `module` for every target; yields the reports of each as they come.
+
+    A target stays with one process: another one could find a kernel in the cache whose log is not there yet.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _prepare) as pool:
+    with contextlib.ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context, _prepare)) for _ in range(processes)]
         tasks = [
-            pool.submit(_run, module, index, target) for target in targets for index in range(len(_workloads(module)))
+            pools[number % processes].submit(_run, module, index, target)
+            for number, target in enumerate(targets)
+            for index in range(len(_workloads(module)))
         ]
         for task in as_completed(tasks):
             yield task.result()

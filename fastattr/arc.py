@@ -71,7 +71,7 @@ def interference(
         the context does not stand before the target, weights where it does not count.
     """
     if ranked is None:
-        return None, torch.where(counts, scores, 0.0)
+        return None, scores * counts
     n_prompt = len(layout.prompt)
     return ops.arc_weight(
         ranked[n_prompt:],

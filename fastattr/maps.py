@@ -63,15 +63,14 @@ def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
 
 
 def score_range(scores: Tensor, counted: Tensor) -> Tensor:
-    """Least and greatest counted score of each target, `[target 2]`; inf and -inf where none counts.
+    """Least and greatest counted score of each target, `[target 2]`; beyond all scores where none counts.
 
     Args:
         scores: `[target context]`.
         counted: bool `[target context]`.
     """
-    left_out = ~counted
-    low, high = scores.masked_fill(left_out, math.inf).amin(1), scores.masked_fill(left_out, -math.inf).amax(1)
-    return torch.stack([low, high], dim=1)
+    out_of_reach = (~counted).float() * torch.finfo(torch.float32).max
+    return torch.stack([(scores + out_of_reach).amin(1), (scores - out_of_reach).amax(1)], dim=1)
 
 
 def joint_range(image_range: Tensor, scores: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def normalise_maps(image: Sequence[Tensor], raw_range: Tensor, *, filtered: bool
 
 def normalise_scores(scores: Tensor, counted: Tensor, raw_range: Tensor) -> Tensor:
     """The same min-max for scores `[target context]`; those that do not count come out as 0."""
-    return ops.stretch(scores, raw_range).masked_fill_(~counted, 0.0)
+    return ops.stretch(scores, raw_range).mul_(counted)
 
 
 def is_degenerate(raw_range: Tensor) -> Tensor:

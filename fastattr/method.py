@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ from fastattr.maps import (
 from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
 from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
-# of one block of targets' maps: on a CPU the few that live at once should stay in the cache
-CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 2**19, 2**26
+# of one block of targets' maps, of which a few live at once
+CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 2**21, 2**26
 
 
 @torch.no_grad()
@@ -147,7 +148,8 @@ class Scales:
 def target_blocks(targets: int, grids: Sequence[Grid], device: torch.device) -> Iterator[slice]:
     """Ranges of targets whose maps fit the block's bytes."""
     limit = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
-    size = max(1, limit // (4 * sum(t * h * w for t, h, w in grids)))
+    most = max(1, limit // (4 * sum(t * h * w for t, h, w in grids)))
+    size = math.ceil(targets / math.ceil(targets / most))  # blocks of about the same size
     for start in range(0, targets, size):
         yield slice(start, min(targets, start + size))
 

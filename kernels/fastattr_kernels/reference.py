@@ -20,7 +20,7 @@ from torch.nn import functional as F
 CHUNK_BYTES = 16 * 2**20  # of logits, and of output embeddings as float32, for one chunk of the vocabulary
 GROUP = 32  # neighbouring ids whose greatest logit bounds the others
 BLOCK = 128  # targets, or context tokens, worked on together
-BLOCK_BYTES = 2 * 2**20  # of maps worked on together, with everything in between
+BLOCK_BYTES = 4 * 2**20  # of maps worked on together, with everything in between
 ROUNDING = 1e-6  # relative error of a float32 map after its context is subtracted
 ONE = 2**30  # a relevance of 1, in whole numbers
 
@@ -29,6 +29,12 @@ def _blocks(length: int, size: int) -> Iterator[slice]:
     """`range(length)` in consecutive slices of `size`, the last one shorter."""
     for start in range(0, length, size):
         yield slice(start, min(length, start + size))
+
+
+def _even(length: int, most: int) -> int:
+    """The size of as few blocks as it takes, none larger than `most`, all about the same."""
+    count = max(1, -(-length // most))
+    return max(1, -(-length // count))
 
 
 def _on_matrix_units(hidden: Tensor, rows: Tensor) -> bool:
@@ -311,7 +317,7 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: i
     relevance = torch.zeros(targets, context, device=left.device)
     line_of = torch.empty(len(ids), dtype=torch.int64, device=left.device)
     worth = torch.empty(BLOCK * k + 1, BLOCK, dtype=torch.int32, device=left.device)
-    common, total = torch.empty(2, targets, BLOCK, dtype=torch.int32, device=left.device)
+    buffers = torch.empty(2, targets, BLOCK, dtype=torch.int32, device=left.device)
     for columns in _blocks(context, BLOCK):
         width = columns.stop - columns.start
         first = 0 if n_before is None else min(targets, max(0, columns.start + 1 - n_before))
@@ -320,11 +326,12 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: i
         worth.zero_()
         worth[line_of[ranked[columns]], torch.arange(width, device=left.device)[:, None]] = table
         lines = line_of[wanted[:, first:]]
-        total[first:] = 0
+        common, total = buffers[:, first:]
+        total.zero_()
         for rank in range(k):  # the table falls, so table[max(a, b)] = min(table[a], table[b])
-            torch.index_select(worth, 0, lines[rank], out=common[first:])
-            total[first:] += common[first:].clamp_(max=worths[rank])
-        torch.div(total[first:, :width], ONE, out=relevance[first:, columns])
+            torch.index_select(worth, 0, lines[rank], out=common)
+            total += common.clamp_(max=worths[rank])
+        torch.div(total[:, :width], ONE, out=relevance[first:, columns])
     return relevance if n_before is None else relevance.tril_(n_before - 1)
 
 
@@ -366,7 +373,7 @@ def arc_weight(
     weight = 1.0 - relevance
     if scores is not None:
         weight *= scores
-    return relevance, weight.masked_fill_(counts.logical_not(), 0.0)
+    return relevance, weight.masked_fill_(counts.logical_not(), 0.0)  # not multiplied: what does not count may be NaN
 
 
 def context_mean(context_activation: Tensor, weight: Tensor, *, n_before: int | None = None) -> Tensor:
@@ -412,7 +419,7 @@ def remove_interference(activation: Tensor, mean: Tensor) -> tuple[Tensor, Tenso
         scale[rows] = torch.where(norm == 0, 0.0, fit)
         left = torch.addcmul(own, scale[rows, None], shared, value=-1)
         # what is within rounding of nothing is nothing: normalisation would blow it up to a map
-        cleaned[rows] = left.masked_fill_(left <= ROUNDING * own, 0.0)
+        torch.mul(left, left > ROUNDING * own, out=cleaned[rows])  # five times as fast as selecting
         span[rows] = _extremes(cleaned[rows])
     return cleaned, scale, span
 
@@ -453,10 +460,11 @@ def rank_gaussian(maps: Tensor, span: Tensor | None = None) -> Tensor:
         span = span.repeat_interleave(frames, dim=0)
 
     filtered = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    size = min(len(flat), max(1, BLOCK_BYTES // (4 * 16 * height * (width + 2))))
+    most = max(1, BLOCK_BYTES // (4 * 16 * height * (width + 2)))
+    size = _even(len(flat), most)
     padded = torch.empty(size, height + 2, width + 2, device=maps.device)
     planes = torch.empty(15, size, height, width + 2, device=maps.device)
-    for block in _blocks(len(flat), max(1, size)):
+    for block in _blocks(len(flat), size):
         if block.stop == len(flat):  # the last block is a whole one too
             block = slice(len(flat) - size, len(flat))
         padded[:, 1:-1, 1:-1] = flat[block]
@@ -501,7 +509,7 @@ def _filter_windows(padded: Tensor, planes: Tensor) -> Tensor:
     columns, rows = planes[:3], planes[5:14].unflatten(0, (3, 3))
     _sort_three((above, here, below), *columns)
     _sort_three(_neighbours(columns), *(_neighbours(each)[0] for each in rows))
-    ranked = [each.flatten() for each in rows.transpose(0, 1).flatten(0, 1)]
+    ranked = [rows[row, column].flatten() for column in range(3) for row in range(3)]
     spare = planes[14].flatten()
     for a, b in _NINE_SORTED:
         torch.minimum(ranked[a], ranked[b], out=spare)
@@ -514,7 +522,7 @@ def _filter_windows(padded: Tensor, planes: Tensor) -> Tensor:
     square = total.mul_(total).clamp_(min=1e-30)  # with the next bound: without spread q is 0
     spread = squares.sub_(square, alpha=1 / 9).clamp_(min=1e-38)
     (q, q4, q9), q16 = planes[:3].flatten(1), spare
-    torch.div(square, spread, out=q).mul_(-1 / 18).exp_()
+    torch.div(square, spread, out=q).mul_(-1 / 18).clamp_(min=-60.0).exp_()  # exp is slow where it underflows
     torch.mul(q, q, out=q4).mul_(q4)
     torch.mul(q4, q4, out=q16)
     torch.mul(q16, q, out=q9)
