@@ -13,6 +13,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.workloads import ENGINE, NAIVE, NUMPY
@@ -89,7 +90,8 @@ def _lines(axes: Axes, rows: Sequence[Row], factor: str, figure: str, *, named: 
         axes.plot(*zip(*line, strict=True), color=color, marker="o", markersize=4, linewidth=1.8, clip_on=False)
         if named:
             where = line[len(line) // 2]
-            axes.annotate(side, where, (0, 7), textcoords="offset points", color=color, ha="right", fontsize=9)
+            label = axes.annotate(side, where, (0, 7), textcoords="offset points", color=color, ha="right", fontsize=9)
+            label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # readable across another line
     ticks = sorted({row[factor] for row in shown})
     values = [row[figure] for row in rows if row[figure] is not None]
     axes.set_ylim(10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values))))

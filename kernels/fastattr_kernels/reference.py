@@ -42,7 +42,7 @@ def _on_matrix_units(hidden: Tensor, rows: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
 
 
-def _logits(
+def head_logits(
     hidden: Tensor,
     rows: Tensor,
     bias: Tensor | None,
@@ -82,7 +82,7 @@ def _logit_chunks(
         count = ids.stop - ids.start
         rows = weight[ids] if upcast is None else upcast[:count].copy_(weight[ids])
         out = None if buffer is None else buffer[:, :count]
-        logits = _logits(hidden, rows, None if bias is None else bias[ids], logit_scale, softcap, out=out)
+        logits = head_logits(hidden, rows, None if bias is None else bias[ids], logit_scale, softcap, out=out)
         if count % GROUP:
             logits = F.pad(logits, (0, -count % GROUP), value=-torch.inf)
         yield ids.start, logits
@@ -106,7 +106,7 @@ def lens(
     Returns:
         float32 `[target position]`.
     """
-    return _logits(hidden, rows, bias, logit_scale, softcap).relu_().T.contiguous()
+    return head_logits(hidden, rows, bias, logit_scale, softcap).relu_().T.contiguous()
 
 
 def lm_head_topk(

@@ -195,7 +195,7 @@ def _filtered(
                     num_stages=launch.product_stages,
                 )
             else:
-                logits = reference._logits(block, chunk, None, 1.0, None)
+                logits = reference.head_logits(block, chunk, None, 1.0, None)
             _filter[(len(block), splits)](
                 logits,
                 maxima,
