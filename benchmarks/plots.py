@@ -13,7 +13,6 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.workloads import ENGINE, NAIVE, NUMPY
@@ -55,7 +54,7 @@ def draw(header: Row, rows: Sequence[Row], folder: Path) -> list[Path]:
 def _against_targets(header: Row, rows: Sequence[Row]) -> Figure:
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(9.6, 4.0), constrained_layout=True)
     _lines(time_axes, rows, "n_targets", "cpu_s", named=True)
-    _lines(memory_axes, rows, "n_targets", "peak_bytes", named=True)
+    _lines(memory_axes, rows, "n_targets", "peak_bytes", named=False)
     time_axes.set_title("CPU time")
     memory_axes.set_title("peak memory")
     figure.supxlabel(f"response tokens (log); {_base(header, rows)}", fontsize=9, color=INK)
@@ -90,8 +89,7 @@ def _lines(axes: Axes, rows: Sequence[Row], factor: str, figure: str, *, named: 
         axes.plot(*zip(*line, strict=True), color=color, marker="o", markersize=4, linewidth=1.8, clip_on=False)
         if named:
             where = line[len(line) // 2]
-            label = axes.annotate(side, where, (0, 7), textcoords="offset points", color=color, ha="right", fontsize=9)
-            label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # readable across another line
+            axes.annotate(side, where, (0, 7), textcoords="offset points", color=color, ha="right", fontsize=9)
     ticks = sorted({row[factor] for row in shown})
     values = [row[figure] for row in rows if row[figure] is not None]
     axes.set_ylim(10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values))))

@@ -125,7 +125,7 @@ def suite_table(header: Row, rows: Sequence[Row]) -> str:
             *(f"{engine[name]:,}" for name in SIZES),
             _time(engine["cpu_s"]),
             _bytes(engine["peak_bytes"]),
-            *("" if other is None else f"{other['cpu_s'] / engine['cpu_s']:.3g}x" for other in others),
+            *("" if other is None else _times(other["cpu_s"] / engine["cpu_s"]) for other in others),
         )
 
     head = ("targets", "image tokens", "vocabulary", "k", "scales", "engine", "its memory", "numpy per token", "naive")
@@ -156,7 +156,7 @@ def rates_table(header: Row, rows: Sequence[Row]) -> str:
                 row["per"],
                 _time(row["baseline_s"]),
                 _time(row["engine_s"]),
-                f"{row['ratio']:.3g}x",
+                _times(row["ratio"]),
                 f"{row['goal']:g}x",
                 _bytes(row["added_bytes"]),
             )
@@ -263,6 +263,10 @@ def _time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
 
 
 def _ms(seconds: float) -> str:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.record import RESULTS, read_jsonl
-from benchmarks.table import ablation_summary, postprocessing_table
+from benchmarks.table import (
+    ablation_summary,
+    long_table,
+    overhead_table,
+    postprocessing_table,
+    rates_table,
+    static_table,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,6 +39,12 @@ def test_the_code_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_tables_are_those_of_the_results() -> None:
     assert ablation_summary(*read_jsonl(RESULTS / "ablation.jsonl")) in README
     assert postprocessing_table(*read_jsonl(RESULTS / "postprocessing.jsonl")) in README
+    assert rates_table(*read_jsonl(RESULTS / "rates.jsonl")) in README
+    benchmarks = (ROOT / "benchmarks" / "README.md").read_text()
+    assert long_table(*read_jsonl(RESULTS / "long.jsonl")) in benchmarks
+    assert overhead_table(*read_jsonl(RESULTS / "overhead.jsonl")) in benchmarks
+    kernels = (ROOT / "kernels" / "README.md").read_text()
+    assert static_table(*read_jsonl(RESULTS / "static.jsonl")) in kernels
 
 
 def test_the_tree_is_the_tree() -> None:
