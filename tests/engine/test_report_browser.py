@@ -376,7 +376,8 @@ def test_a_thousand_words_do_not_lag(open_report: Open) -> None:
             }"""
         )
         assert marked(page, "active") == [n - 1]
-    assert medians[1000] < 20 * max(medians[10], 0.5), medians
+    # a hundred times the words; work on each of them at every move would take a hundred times as long
+    assert medians[1000] < 50 * max(medians[10], 0.5), medians
 
 
 def test_a_notebook_cell_is_the_same_page(browser: Browser) -> None:

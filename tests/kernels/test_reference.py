@@ -230,7 +230,7 @@ def test_topk_is_a_float64_lexsort_whatever_the_logits(
         start = next(handed_out)
         return out.copy_(logits[:, start : start + len(rows)])
 
-    monkeypatch.setattr(reference, "_logits", planted)
+    monkeypatch.setattr(reference, "head_logits", planted)
     ids, values = lm_head_topk(torch.zeros(9, 1), torch.zeros(100, 1), k)
     for row in range(9):
         ranked = np.nan_to_num(double(logits[row]), nan=-np.inf, posinf=np.inf, neginf=-np.inf)

@@ -296,7 +296,7 @@ def test_workspace_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyP
 
     products = [0]  # one at a time
     monkeypatch.setattr(torch, "empty", counted)
-    monkeypatch.setattr(gpu.reference, "_logits", product)
+    monkeypatch.setattr(gpu.reference, "head_logits", product)
     for road in (filtered_summary, fused_summary):
         for vocab in (32_000, 152_064, 262_144):
             hidden, weight = (empty(n, 64, device="meta", dtype=torch.bfloat16) for n in (1024, vocab))
