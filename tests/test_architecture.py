@@ -39,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.selection": {"fastattr.report"},
     "fastattr.storage": set(),
     "fastattr.metrics": set(),
+    "fastattr.metrics.faithfulness": {"fastattr.images"},
     "fastattr.report": {"fastattr.storage"},
     "fastattr.demo": {"fastattr.adapters", "fastattr.images", "fastattr.pipeline"},
     "fastattr.cli": {"fastattr", "fastattr.adapters", "fastattr.demo", "fastattr.storage", "fastattr.report"},

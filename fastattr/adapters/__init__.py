@@ -7,7 +7,7 @@
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
 from fastattr.adapters.model import Model, load, wrap
-from fastattr.adapters.states import CapturedStates, capture, captured_reading, generate, replay
+from fastattr.adapters.states import CapturedStates, capture, captured_reading, generate, log_probs_of_images, replay
 
 __all__ = [
     "FAMILIES",
@@ -22,6 +22,7 @@ __all__ = [
     "encode_scales",
     "generate",
     "load",
+    "log_probs_of_images",
     "replay",
     "wrap",
 ]

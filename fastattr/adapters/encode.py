@@ -142,6 +142,26 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
     return ids.to(model.device)
 
 
+def alike(examples: Sequence[EncodedExample]) -> bool:
+    """Whether the examples hold the same tokens and inputs of the same shapes, so that one layout fits them all."""
+    first = examples[0]
+    shapes = {name: value.shape for name, value in first.model_inputs.items()}
+    return all(
+        torch.equal(each.input_ids, first.input_ids)
+        and {name: value.shape for name, value in each.model_inputs.items()} == shapes
+        for each in examples
+    )
+
+
+def collate(examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
+    """The model inputs of examples that are alike, as one batch.
+
+    The first axis counts patches (Qwen), images (LLaVA, Pixtral, InternVL, Gemma) or examples (Idefics, token types),
+    always in reading order, so all are joined along it.
+    """
+    return {name: torch.cat([each.model_inputs[name] for each in examples]) for name in examples[0].model_inputs}
+
+
 def _render(model: Model, content: list[dict[str, str]]) -> str:
     """The chat in which the user says `content` and the model is about to answer."""
     messages = [{"role": "user", "content": content}]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattr.adapters.encode import EncodedExample, group_images, user_text
+from fastattr.adapters.encode import EncodedExample, alike, collate, encode, group_images, user_text
 from fastattr.adapters.families import extent_of, grids_of
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
 from fastattr.adapters.model import Model
 from fastattr.errors import InputError, StatesError
 from fastattr.images import Visual
+from fastattr.maps import log_probs
 from fastattr.types import WHOLE_IMAGE, ScaleStates, TokenLayout
 
 logger = logging.getLogger("fastattr")
@@ -57,20 +59,62 @@ def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer
     """
     ids = torch.cat([encoded.input_ids, response_ids])
     interpolate = model.family.interpolates and encoded.scale != 1.0
-    last, chosen = _forward(model.hf_model, ids[:-1], encoded.model_inputs, layer, interpolate)
+    last, chosen = _forward(model.hf_model, ids[None, :-1], encoded.model_inputs, layer, interpolate)
     layout = encoded.layout(len(response_ids))
-    return ScaleStates(chosen, ids, layout, encoded.scale, last_states=None if chosen is last else last)
+    return ScaleStates(chosen[0], ids, layout, encoded.scale, last_states=None if chosen is last else last[0])
+
+
+def log_probs_of_images(
+    model: Model, variants: Iterable[Sequence[Visual]], prompt: str, response_ids: Tensor, batch_size: int = 4
+) -> Tensor:
+    """Log-probabilities of one response to one prompt for many variants of the images.
+
+    Args:
+        variants: the images of each, taken one batch at a time, so that a generator keeps few of them in memory.
+        response_ids: int `[target]`, from `encode_response` or `generate`.
+        batch_size: variants in one forward; variants that come out as different shapes have one each. More is not
+            always faster: a Pixtral tower's attention spans the whole batch, so its cost grows with the square.
+
+    Returns:
+        float32 `[variant target]` in nats, on the CPU.
+
+    Raises:
+        InputError: `batch_size` is less than 1; otherwise as `encode` and `replay`.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}, expected at least 1")
+    rows = [torch.empty(0, len(response_ids))]
+    remaining = iter(variants)
+    while batch := [encode(model, images, prompt) for images in islice(remaining, batch_size)]:
+        for examples in [batch] if alike(batch) else [[each] for each in batch]:
+            rows.append(_batch_log_probs(model, examples, response_ids))
+    return torch.cat(rows)
+
+
+def _batch_log_probs(model: Model, examples: Sequence[EncodedExample], response_ids: Tensor) -> Tensor:
+    """`[variant target]` of examples that are alike, from one forward."""
+    ids = torch.cat([examples[0].input_ids, response_ids])
+    fed = ids[:-1].repeat(len(examples), 1)
+    last, _ = _forward(model.hf_model, fed, collate(examples), -1, interpolate=False)
+    layout = examples[0].layout(len(response_ids))
+    return torch.stack([log_probs(ScaleStates(states, ids, layout), model.head) for states in last]).cpu()
 
 
 @torch.no_grad()
 def _forward(
     hf_model: Any, fed_ids: Tensor, model_inputs: Mapping[str, Tensor], layer: int, interpolate: bool
 ) -> tuple[Tensor, Tensor]:
-    """States `[seq dim]` of the last layer and of `layer` through the final norm, from one forward."""
+    """States `[batch seq dim]` of the last layer and of `layer` through the final norm, from one forward.
+
+    Args:
+        fed_ids: int `[batch seq]`, sequences of one length.
+    """
     module, norm = layer_modules(hf_model, layer)
     inputs = {
         # per-token inputs (token types) grow with the sequence; what follows the prompt is text
-        name: nn.functional.pad(value, (0, len(fed_ids) - value.shape[1])) if name.endswith("token_type_ids") else value
+        name: nn.functional.pad(value, (0, fed_ids.shape[1] - value.shape[1]))
+        if name.endswith("token_type_ids")
+        else value
         for name, value in model_inputs.items()
     }
     with (
@@ -79,17 +123,17 @@ def _forward(
         interpolated_positions(hf_model, interpolate),
     ):
         try:
-            hf_model(input_ids=fed_ids[None], **inputs, use_cache=False, logits_to_keep=1)
+            hf_model(input_ids=fed_ids, **inputs, use_cache=False, logits_to_keep=1)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise StatesError(
-                f"{type(hf_model).__name__} fails on {len(fed_ids)} tokens with {shapes}: {error}; some models cannot "
+                f"{type(hf_model).__name__} fails on {fed_ids.shape[1]} tokens with {shapes}: {error}; some models cannot "
                 "read images this small or this large"
             ) from error
-    final = last[-1][0]
-    return final, final if norm is None else norm(chosen[-1][0])
+    final = last[-1]
+    return final, final if norm is None else norm(chosen[-1])
 
 
 @dataclass
@@ -141,8 +185,8 @@ class CapturedStates:
         logger.warning(
             "captured %d states where %d are expected; reading them again in one forward", rows, len(sequence) - 1
         )
-        last, _ = _forward(self.model.hf_model, sequence[:-1], self.model_inputs, -1, interpolate=False)
-        return last, "replay"
+        last, _ = _forward(self.model.hf_model, sequence[None, :-1], self.model_inputs, -1, interpolate=False)
+        return last[0], "replay"
 
 
 def captured_reading(
