@@ -40,7 +40,6 @@ STAGE_OF = {
     "lm_head_summary": PRODUCTS,
     "lm_head_log_prob": PRODUCTS,
     "lm_head_logit": PRODUCTS,
-    "rank_overlap": OVERLAP,
     "arc_weight": OVERLAP,
     "context_mean": INTERFERENCE,
     "remove_interference": INTERFERENCE,

@@ -84,15 +84,15 @@ def interference(
     )
 
 
-def counting(states: ScaleStates, config: AttributionConfig) -> Tensor:
+def counting(states: ScaleStates, causal: Tensor, config: AttributionConfig) -> Tensor:
     """bool `[target context]`: which context tokens may be interference.
 
-    They stand before the target, are of the part `config.context` names, and do not repeat the target's id.
+    They stand before the target (`causal`, bool `[target context]`), are of the part `config.context` names, and do not repeat the target's id.
     """
     layout = states.layout
     n_prompt = len(layout.prompt)
     ids = states.input_ids[torch.tensor(layout.context, device=states.input_ids.device)]
-    counts = layout.causal(ids.device) & (ids[n_prompt:, None] != ids[None, :])
+    counts = causal & (ids[n_prompt:, None] != ids[None, :])
     if config.context == "prompt":
         counts[:, n_prompt:] = False
     elif config.context == "response":

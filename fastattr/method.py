@@ -68,14 +68,12 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
     # where its classes are active, and which context interferes
     lenses = tuple(activations(reading, head) for reading in readings)
     scores = sum_scales([lens.scores for lens in lenses], weights)
-    causal, counts = base.layout.causal(device), counting(base, config)
-    relevance, suspicion = interference(scores, counts, ranked, base.layout, config, backend)
-    if config.aggregate == "before":
-        suspicions: tuple[Tensor, ...] = (suspicion,) * len(lenses)
-    else:
-        suspicions = tuple(
-            interference(each.scores, counts, ranked, base.layout, config, backend)[1] for each in lenses
-        )
+    causal = base.layout.causal(device)
+    counts = counting(base, causal, config)
+    weighed = [scores] if config.aggregate == "before" else [lens.scores for lens in lenses]
+    found = [interference(each, counts, ranked, base.layout, config, backend) for each in weighed]
+    relevance = found[0][0]  # the same for all
+    suspicions = tuple(suspicion for _, suspicion in found) * (len(lenses) // len(found))
 
     # the maps, a block of targets at a time
     scales = Scales(lenses, suspicions, layouts, grids, weights, config, backend)

@@ -55,6 +55,11 @@ def head_logits(
         logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
     else:
         logits = torch.mm(hidden.float(), rows.float().T, out=out)
+    return _finish_(logits, bias, logit_scale, softcap)
+
+
+def _finish_(logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
+    """What a head does to its products, in place."""
     if bias is not None:
         logits += bias.float()
     if logit_scale != 1.0:
@@ -282,11 +287,8 @@ def lm_head_logit(
     Returns:
         float32 `[position]`.
     """
-    logit = (hidden.float() * weight[ids].float()).sum(1)
-    if bias is not None:
-        logit = logit + bias[ids].float()
-    logit = logit * logit_scale
-    return logit if softcap is None else softcap * torch.tanh(logit / softcap)
+    products = (hidden.float() * weight[ids].float()).sum(1)
+    return _finish_(products, None if bias is None else bias[ids], logit_scale, softcap)
 
 
 def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: int | None = None) -> Tensor:
