@@ -5,6 +5,7 @@ FastattrError
 |   |-- ImageError                   an image cannot be read or used
 |   |-- TokenLayoutError             positions, grids and token ids do not fit together
 |   |-- StatesError                  hidden states or output embeddings are unusable
+|   |-- DatasetError                 a dataset, or one sample of it, cannot be read
 |   |-- PhraseError (KeyError)       a phrase is not in the response
 |   `-- ScaleError                   the image cannot be shown to the model at this scale
 |-- UnsupportedModelError            the model's form is not one fastattr can explain
@@ -33,6 +34,10 @@ class TokenLayoutError(InputError):
 
 class StatesError(InputError):
     """Hidden states or output embeddings are unusable."""
+
+
+class DatasetError(InputError):
+    """A dataset, or one sample of it, cannot be read."""
 
 
 class PhraseError(InputError, KeyError):

@@ -43,6 +43,20 @@ class Visual:
         """The same sizes, nothing to see: middle grey. (The picture's mean colour would give its background away.)"""
         return Visual(tuple(Image.new("RGB", frame.size, BLANK) for frame in self.frames))
 
+    def hide(self, box: tuple[float, float, float, float]) -> Visual:
+        """The same with a box painted over in the grey of `blank`, in every frame.
+
+        Args:
+            box: `(left, top, right, bottom)` as shares of the width and height.
+        """
+        height, width = self.size
+        left, top, right, bottom = box
+        pixels = (round(left * width), round(top * height), round(right * width), round(bottom * height))
+        frames = tuple(frame.copy() for frame in self.frames)
+        for frame in frames:
+            frame.paste(BLANK, pixels)
+        return Visual(frames)
+
 
 def read_visuals(image: ImageLike | Sequence[ImageLike]) -> tuple[Visual, ...]:
     """Read one image, a list of images, or a list that holds videos as lists of frames.

@@ -79,7 +79,12 @@ def joint_range(image_range: Tensor, scores: Tensor) -> Tensor:
     return torch.stack([low, high], dim=1)
 
 
-def normalise_maps(image: Sequence[Tensor], raw_range: Tensor, *, filtered: bool, backend: str) -> tuple[Tensor, ...]:
+FILTER_FROM = 16  # cells a side; measured in benchmarks/results/filter.jsonl
+
+
+def normalise_maps(
+    image: Sequence[Tensor], raw_range: Tensor, *, filtered: bool | None, backend: str
+) -> tuple[Tensor, ...]:
     """Min-max over all of a target's maps and scores together, then the filter (TAM, section 3.3).
 
     A function word that looks at nothing then stays dark. All-equal scores give zeros.
@@ -87,14 +92,18 @@ def normalise_maps(image: Sequence[Tensor], raw_range: Tensor, *, filtered: bool
     Args:
         image: for each image `[target t h w]`.
         raw_range: `[target 2]`, see `joint_range`.
-        filtered: whether the rank-Gaussian filter is applied.
+        filtered: whether the rank-Gaussian filter is applied; None leaves it out where a grid has fewer than
+            `FILTER_FROM` cells a side.
 
     Returns:
         for each image `[target t h w]` in [0, 1].
     """
-    if filtered:
-        return tuple(ops.rank_gaussian(maps, raw_range, backend=backend) for maps in image)
-    return tuple(ops.stretch(maps, raw_range) for maps in image)
+    return tuple(
+        ops.rank_gaussian(maps, raw_range, backend=backend)
+        if (min(maps.shape[-2:]) >= FILTER_FROM if filtered is None else filtered)
+        else ops.stretch(maps, raw_range)
+        for maps in image
+    )
 
 
 def normalise_scores(scores: Tensor, counted: Tensor, raw_range: Tensor) -> Tensor:

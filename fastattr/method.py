@@ -88,7 +88,7 @@ def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: At
             whole[block] = part
     context = normalise_scores(scores, causal, raw_range)
     if config.compat == "tam":
-        slots = tam_slots(base, head, filtered=config.filter, backend=backend)
+        slots = tam_slots(base, head, filtered=config.filter is not False, backend=backend)
         image, context, raw_range = slots.image, slots.context, slots.raw_range
 
     check_finite(log_prob=log_prob, maps=raw_range)
@@ -128,7 +128,7 @@ class Scales:
         """`[target image]` of every scale to one `[target pixel]`, all images side by side."""
         if len(flat_maps) == 1:  # on its own grid already, with a weight of 1
             return flat_maps[0]
-        maps = aggregate(flat_maps, self.layouts, self.weights[block], self.grids, self.backend)
+        maps = aggregate(flat_maps, self.layouts, self.weights[block], self.grids, self.config.scale_mean, self.backend)
         return torch.cat([each.flatten(1) for each in maps], dim=1)
 
     def context_mean(self, scale: int, block: slice) -> Tensor:

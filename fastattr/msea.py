@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.errors import TokenLayoutError
 from fastattr.types import AttributionConfig, Grid, TokenLayout
+
+DARK = 0.01  # of a target's highest activation, counts as dark in a geometric mean
 
 
 def base_scale(scales: Sequence[float]) -> int:
@@ -74,18 +77,30 @@ def aggregate(
     layouts: Sequence[TokenLayout],
     weights: Tensor,
     grids: Sequence[Grid],
+    mean: Literal["arithmetic", "geometric"],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Bring the maps of every scale to the common grid of each image and sum them.
+    """Bring the maps of every scale to the common grid of each image and take their weighted mean.
+
+    The geometric mean is our own. Coarse maps are wide and fine ones scattered; their sum is both, their geometric
+    mean is lit where all are. It is the sum of logarithms, taken and interpolated above a floor of `DARK` of the
+    target's highest activation, so that a single dark cell weighs as much as the brightest but not infinitely more.
 
     Args:
-        flat_maps: for each scale `[target image]`.
-        weights: `[target scale]`.
+        flat_maps: for each scale `[target image]`, not negative.
+        weights: `[target scale]`, rows sum to one.
         grids: for each image `(t, h, w)`.
+        mean: how the scales are brought together.
 
     Returns:
         for each image `[target t h w]`.
     """
+    if mean == "geometric":
+        top = torch.stack([flat.amax(dim=1) for flat in flat_maps]).amax(dim=0)
+        floor = torch.where(top > 0, DARK * top, 1.0)  # a target that lights nothing: the logarithm of 1
+        logs = [(flat + floor[:, None]).log_() for flat in flat_maps]
+        summed = aggregate(logs, layouts, weights, grids, "arithmetic", backend)
+        return tuple((maps.exp_() - floor[:, None, None, None]).clamp_(min=0) for maps in summed)
     split = [split_images(flat, layout) for flat, layout in zip(flat_maps, layouts, strict=True)]
     return tuple(
         ops.multiscale([maps[image] for maps in split], weights, (grid[1], grid[2]), backend=backend)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,11 +15,13 @@ from fastattr.images import ImageLike, Visual, read_visuals
 from fastattr.maps import check_head, check_states, log_probs
 from fastattr.method import explain_states
 from fastattr.msea import base_scale
+from fastattr.regions import spread, weigh, windows
 from fastattr.text import Decode, decode_tokens, show_ids
 from fastattr.types import Attribution, AttributionConfig, Method, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
 if TYPE_CHECKING:
     from fastattr.adapters import CapturedStates, Model
+    from fastattr.calibration import Calibration
 
 LOW_AGREEMENT = 0.1
 
@@ -33,13 +36,15 @@ def attribute(
     scales: Sequence[float] = (1.0, 1.5, 2.0),
     scale_weights: Sequence[float] | None = None,
     decision_weight: bool = False,
+    scale_mean: Literal["arithmetic", "geometric"] = "arithmetic",
     aggregate: Literal["before", "after"] = "before",
     top_k: int = 50,
     rbo_p: float = 0.9,
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
     layer: int = -1,
-    filter: bool = True,
+    filter: bool | None = None,
+    regions: int = 0,
     evidence: bool = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
     max_new_tokens: int = 256,
@@ -66,6 +71,7 @@ def attribute(
         scales=tuple(scales),
         scale_weights=None if scale_weights is None else tuple(scale_weights),
         decision_weight=decision_weight,
+        scale_mean=scale_mean,
         aggregate=aggregate,
         top_k=top_k,
         rbo_p=rbo_p,
@@ -73,6 +79,7 @@ def attribute(
         context=context,
         layer=layer,
         filter=filter,
+        regions=regions,
         evidence=evidence,
         backend=backend,
     )
@@ -90,7 +97,7 @@ def attribute(
         response_ids = adapters.encode_response(model, response)
 
     readings = [adapters.replay(model, each, response_ids, layer=layer) for each in encoded]
-    maps = explain_states(readings, model.head, config)
+    maps = explain_readings(model, visuals, prompt, readings, config)
     seen = _evidence(model, visuals, prompt, response_ids, config, maps) if evidence else None
     return _finish(
         maps,
@@ -101,6 +108,7 @@ def attribute(
         visuals=visuals,
         prompt=prompt,
         model=model.name,
+        calibration=model.calibration,
         source="replay",
         notes=_notes(maps, config, visuals),
     )
@@ -117,12 +125,13 @@ def attribute_states(
     scales: Sequence[float] = (1.0,),
     scale_weights: Sequence[float] | None = None,
     decision_weight: bool = False,
+    scale_mean: Literal["arithmetic", "geometric"] = "arithmetic",
     aggregate: Literal["before", "after"] = "before",
     top_k: int = 50,
     rbo_p: float = 0.9,
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
-    filter: bool = True,
+    filter: bool | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
     tokenizer: Any = None,
     image: ImageLike | Sequence[ImageLike] | None = None,
@@ -148,6 +157,7 @@ def attribute_states(
         scales=tuple(scales),
         scale_weights=None if scale_weights is None else tuple(scale_weights),
         decision_weight=decision_weight,
+        scale_mean=scale_mean,
         aggregate=aggregate,
         top_k=top_k,
         rbo_p=rbo_p,
@@ -190,7 +200,7 @@ def attribute_captured(
     rbo_p: float = 0.9,
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
-    filter: bool = True,
+    filter: bool | None = None,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Attribution:
     """Explain what a captured `generate` returned, at the one scale the model saw, without another forward.
@@ -250,6 +260,47 @@ def read_states(
     return adapters.replay(model, adapters.encode(model, images, prompt, scale=scale), response_ids, layer=layer)
 
 
+def explain_readings(
+    model: Model, visuals: Sequence[Visual], prompt: str, readings: Sequence[ScaleStates], config: AttributionConfig
+) -> TokenMaps:
+    """`explain_states`, and the model asked again where the configuration says so (`regions`).
+
+    Args:
+        readings: one for each scale of `config.scales`, of these images, this prompt and one response.
+    """
+    maps = explain_states(readings, model.head, config)
+    if not config.regions:
+        return maps
+    falls = regional_evidence(model, visuals, prompt, readings[0], config.regions)
+    grids = [each.shape[1:] for each in maps.image]
+    spreads = [spread(each, (t, h, w)) for each, (t, h, w) in zip(falls, grids, strict=True)]
+    return replace(maps, image=weigh(maps.image, spreads))
+
+
+def regional_evidence(
+    model: Model, visuals: Sequence[Visual], prompt: str, reading: ScaleStates, n: int
+) -> tuple[Tensor, ...]:
+    """What every target falls by as windows of each image are hidden, the other images left as they are.
+
+    Args:
+        reading: any reading of these images, for its response and what its grids cover.
+        n: cells a side, see `fastattr.regions`.
+
+    Returns:
+        for each image `[target window]` in nats, at least 0, on the CPU.
+    """
+    from fastattr import adapters
+
+    hidden = [
+        [*visuals[:i], visuals[i].hide(box), *visuals[i + 1 :]]
+        for i, group in enumerate(reading.layout.images)
+        for box in windows(n, group.extent)
+    ]
+    log_prob = adapters.log_probs_of_images(model, [list(visuals), *hidden], prompt, reading.target_ids)
+    falls = (log_prob[0] - log_prob[1:]).clamp_(min=0).T  # [target image*window]
+    return falls.contiguous().split((n + 1) ** 2, dim=1)
+
+
 # --- the last steps --------------------------------------------------------------------------------
 
 
@@ -279,6 +330,7 @@ def _finish(
     evidence: Tensor | None = None,
     prompt: str = "",
     model: str = "",
+    calibration: Calibration | None = None,
 ) -> Attribution:
     layout, ids = readings[0].layout, readings[0].input_ids.tolist()
     start, stop = layout.response
@@ -310,6 +362,7 @@ def _finish(
         backend=maps.backend,
         notes=notes,
         versions=_versions(maps.backend),
+        calibration=calibration,
     )
 
 

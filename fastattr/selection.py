@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattr.errors import InputError, PhraseError
+from fastattr.text import FUNCTION_WORDS
 from fastattr.types import Attribution, Box
 
 T = TypeVar("T")
 
 BOX_LEVEL = 0.5  # of the peak: the region around it that counts as found
 _BOX_SIDE = 512  # pixels; maps are upsampled to at most this for boxes
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # it's and T-shirt are one word each
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,19 +131,49 @@ def select_pattern(attribution: Attribution, pattern: str) -> Selection:
     return _select(attribution, pattern, f"a match of {pattern!r}", 0)
 
 
+def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
+    """Every word whose evidence, summed over its tokens, is below the threshold of the calibration, one by one.
+
+    Without a calibration the threshold is 0 nats: the picture makes the word less likely, not more. Low evidence is no
+    proof of invention: what the text before already tells is as likely without the picture. English function words are
+    left out, in other languages every word is judged. Where a script has no spaces, a whole clause counts as one word.
+
+    Raises:
+        InputError: the attribution was made without evidence.
+    """
+    evidence = attribution.evidence
+    if evidence is None:
+        raise InputError(
+            "low evidence was asked for, but this attribution was made without evidence; use attribute with evidence=True"
+        )
+    threshold = 0.0 if attribution.calibration is None else attribution.calibration.threshold_nats
+    spans = [
+        match.span()
+        for match in _WORD.finditer(attribution.response)
+        if match.group().lower().replace("’", "'") not in FUNCTION_WORDS
+    ]
+    return tuple(
+        Selection(attribution, (span,), (targets,))
+        for span, targets in zip(spans, _targets(attribution, spans), strict=True)
+        if float(evidence[list(targets)].sum()) < threshold
+    )
+
+
 def _select(attribution: Attribution, pattern: str, asked: str, flags: int) -> Selection:
     spans = tuple(
         match.span() for match in re.finditer(pattern, attribution.response, flags) if match.end() > match.start()
-    )
-    targets = tuple(
-        tuple(i for i, (start, stop) in enumerate(attribution.spans) if start < last and stop > first)
-        for first, last in spans
     )
     if not spans:
         words = list(dict.fromkeys(re.findall(r"\w+", attribution.response)))
         shown = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
         raise PhraseError(f"{asked} is not in the response; its words are: {shown}")
-    return Selection(attribution, spans, targets)
+    return Selection(attribution, spans, _targets(attribution, spans))
+
+
+def _targets(attribution: Attribution, spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    """The tokens that share a character with each span; token spans are in reading order."""
+    starts, stops = zip(*attribution.spans, strict=True)
+    return tuple(tuple(range(bisect_right(stops, first), bisect_left(starts, last))) for first, last in spans)
 
 
 def peak_box(maps: Tensor, extent: Box, size: tuple[int, int]) -> Box | None:

@@ -1,4 +1,4 @@
-"""One attribution, one file: safetensors with a versioned manifest, written whole or not at all."""
+"""Files, written whole or not at all: an attribution as safetensors with a versioned manifest, a calibration as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from fastattr.errors import SaveError
+from fastattr.calibration import Calibration
+from fastattr.errors import InputError, SaveError
 from fastattr.types import Attribution, AttributionConfig
 
 FORMAT = 2
@@ -58,6 +59,7 @@ def save(attribution: Attribution, path: str | Path) -> Path:
         "images": len(attribution.image),
         "frames": [len(frames) for frames in attribution.pictures],
         "config": asdict(attribution.config),
+        "calibration": None if attribution.calibration is None else asdict(attribution.calibration),
         **{name: getattr(attribution, name) for name in _TEXTS + _SHAPES},
     }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -95,15 +97,48 @@ def load(path: str | Path) -> Attribution:
         np.stack([_from_png(tensors[f"picture.{i}.{t}"]) for t in range(frames)])
         for i, frames in enumerate(manifest["frames"])
     )
-    fields: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
-    fields |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
-    fields |= {name: _frozen(manifest[name]) for name in _TEXTS + _SHAPES}
+    values: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+    values |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
+    values |= {name: _frozen(manifest[name]) for name in _TEXTS + _SHAPES}
+    calibration = manifest.get("calibration")  # files from before there were any do not say
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
         config=AttributionConfig(**{name: _frozen(value) for name, value in manifest["config"].items()}),
-        **fields,
+        calibration=None if calibration is None else Calibration(**calibration),
+        **values,
     )
+
+
+def write_calibration(calibration: Calibration, path: str | Path) -> Path:
+    """Write a calibration; `load` finds it as `calibration.json` in a model's directory.
+
+    Raises:
+        SaveError: the file cannot be written; nothing is left behind.
+    """
+    with whole_file(path) as file:
+        file.write((json.dumps(asdict(calibration), indent=2) + "\n").encode())
+    return Path(path)
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """Read what `write_calibration` wrote.
+
+    Raises:
+        InputError: the file cannot be read, is no JSON, or does not hold exactly the fields of a `Calibration`.
+    """
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        expected = {field.name for field in fields(Calibration)}
+        if not isinstance(stored, dict) or set(stored) != expected:
+            held = ", ".join(sorted(stored)) if isinstance(stored, dict) else type(stored).__name__
+            raise InputError(f"it holds {held or 'nothing'}, expected {', '.join(sorted(expected))}")
+        return Calibration(**stored)
+    except (OSError, ValueError) as error:  # InputError, JSON and UTF-8 errors are ValueErrors
+        raise InputError(
+            f"{str(path)!r} cannot be read as a calibration: {error}; write a new one with "
+            "fastattr eval DATASET --calibration FILE, or take it away"
+        ) from error
 
 
 @contextmanager

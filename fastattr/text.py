@@ -5,6 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+# English words that say little a picture could bear out. Numbers, quantities, yes, no and not do, and are not here.
+FUNCTION_WORDS = frozenset(
+    word
+    for words in (
+        "a an the this that these those each every either neither some any all both another other such",
+        "and or but nor so yet if because although though while whereas since unless until than as whether",
+        "i me my mine myself you your yours yourself yourselves he him his himself she her hers herself it its itself",
+        "we us our ours ourselves they them their theirs themselves",
+        "can could may might must shall should will would",
+        "am is are was were be been being have has had having do does did doing done",
+        "about above across after against along among around at before behind below beneath beside besides between",
+        "beyond by down during for from in inside into near of off on onto out outside over through throughout to",
+        "toward towards under underneath up upon via with within without",
+        "what when where which who whom whose why how there",
+        "i'm you're he's she's it's we're they're i've you've we've they've i'd you'd he'd she'd we'd they'd",
+        "i'll you'll he'll she'll it'll we'll they'll that's there's here's what's who's where's",
+    )
+    for word in words.split()
+)
+
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 
 _WINDOW = 8  # tokens decoded together, so that spaces and multi-token characters come out as in the text

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastattr.errors import InputError, TokenLayoutError
 
 if TYPE_CHECKING:
+    from fastattr.calibration import Calibration
     from fastattr.descriptors import Descriptors
     from fastattr.selection import Selection
 
@@ -25,6 +26,7 @@ Box = tuple[float, float, float, float]
 
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 MAX_SCALE = 8.0
+MAX_REGIONS = 32
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,19 @@ class AttributionConfig:
         scales: image sizes relative to the model's own; several of them make it MSEA.
         scale_weights: one weight a scale; `scale^2`, the share of its image tokens, when None.
         decision_weight: weight each scale, per target, by how far the model still says the target there.
-        aggregate: sum the scales `before` or `after` interference is removed.
+        scale_mean: `arithmetic` is MSEA's weighted sum; `geometric`, our own, is the weighted geometric mean, where a
+            place that is dark at one scale stays dark.
+        aggregate: bring the scales together `before` or `after` interference is removed.
         top_k: depth of the rankings compared (ARC).
         rbo_p: persistence of the rank-biased overlap; larger looks deeper (ARC).
         arc_weight: `product` is activation times `1 - relevance`; `relevance` is `1 - relevance` alone.
         context: which earlier tokens may count as interference.
         layer: -1 is the last; another one is read through the final norm. Predictions (rankings, probabilities,
             evidence) are always the model's own.
-        filter: apply the rank-Gaussian filter.
+        regions: our own; weigh the maps by what the words fall with when windows of an `n x n` partition of the picture
+            are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards an image.
+        filter: apply the rank-Gaussian filter; None applies it where a grid is at least 16 cells high and wide, since
+            a window of 3 x 3 takes small things off a coarser one.
         evidence: run one more forward with the image blanked to middle grey.
         compat: `"tam"` reproduces the reference TAM with its quirks.
         backend: `auto` runs Triton kernels on a GPU and torch elsewhere; `triton` or `torch` run or explain.
@@ -54,13 +61,15 @@ class AttributionConfig:
     scales: tuple[float, ...] = (1.0, 1.5, 2.0)
     scale_weights: tuple[float, ...] | None = None
     decision_weight: bool = False
+    scale_mean: Literal["arithmetic", "geometric"] = "arithmetic"
     aggregate: Literal["before", "after"] = "before"
     top_k: int = 50
     rbo_p: float = 0.9
     arc_weight: Literal["product", "relevance"] = "product"
     context: Literal["all", "prompt", "response"] = "all"
     layer: int = -1
-    filter: bool = True
+    filter: bool | None = None
+    regions: int = 0
     evidence: bool = True
     compat: Literal["tam"] | None = None
     backend: Literal["auto", "triton", "torch"] = "auto"
@@ -71,7 +80,9 @@ class AttributionConfig:
             object.__setattr__(self, "scale_weights", tuple(float(w) for w in self.scale_weights))
         for name, allowed in (
             ("method", get_args(Method)),
+            ("scale_mean", ("arithmetic", "geometric")),
             ("aggregate", ("before", "after")),
+            ("filter", (None, True, False)),
             ("arc_weight", ("product", "relevance")),
             ("context", ("all", "prompt", "response")),
             ("compat", (None, "tam")),
@@ -83,6 +94,8 @@ class AttributionConfig:
         self._check_scales()
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
             raise InputError(f"top_k is {self.top_k!r}, expected a whole number of at least 1")
+        if isinstance(self.regions, bool) or not isinstance(self.regions, int) or not 0 <= self.regions <= MAX_REGIONS:
+            raise InputError(f"regions is {self.regions!r}, expected a whole number from 0 (none) to {MAX_REGIONS}")
         if not 0.0 < self.rbo_p < 1.0:
             raise InputError(f"rbo_p is {self.rbo_p!r}, expected a number between 0 and 1, both excluded")
         if self.compat == "tam" and (self.method != "tam" or len(self.scales) != 1 or self.context != "all"):
@@ -327,6 +340,7 @@ class Attribution:
         source: `replay`, `capture` or `states`.
         backend: `triton` or `torch`, what ran.
         notes: what a careful reader should know about this result.
+        calibration: which evidence is low for this model and how far that can be trusted; None where nobody measured.
     """
 
     response: str
@@ -354,6 +368,7 @@ class Attribution:
     backend: str = "torch"
     notes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
+    calibration: Calibration | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -374,6 +389,13 @@ class Attribution:
         from fastattr.selection import select_pattern
 
         return select_pattern(self, pattern)
+
+    @property
+    def low_evidence(self) -> tuple[Selection, ...]:
+        """The words that the picture does not speak for, in order, see `select_low_evidence`. Raises `InputError`."""
+        from fastattr.selection import select_low_evidence
+
+        return select_low_evidence(self)
 
     @property
     def descriptors(self) -> Descriptors:

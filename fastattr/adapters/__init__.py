@@ -6,7 +6,7 @@
 
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
-from fastattr.adapters.model import Model, load, wrap
+from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
 from fastattr.adapters.states import CapturedStates, capture, captured_reading, generate, log_probs_of_images, replay
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "encode_response",
     "encode_scales",
     "generate",
+    "hide_loading_bars",
     "load",
     "log_probs_of_images",
     "replay",

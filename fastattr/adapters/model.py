@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,13 @@ from torch import nn
 from fastattr.adapters.families import Family, family_of
 from fastattr.adapters.head import read_head
 from fastattr.adapters.hooks import unwrap_peft
+from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
+from fastattr.storage import read_calibration
 from fastattr.types import OutputHead
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "demo" / "shapes"}
+CALIBRATION_FILE = "calibration.json"  # beside the weights
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Model:
         config: the model's configuration, inside any PEFT wrapper.
         head: its output head, proven against its own logits.
         name: for reports.
+        calibration: which evidence is low for this model, found beside its weights; for a wrapped one,
+            `dataclasses.replace(model, calibration=...)`.
     """
 
     hf_model: Any
@@ -38,6 +43,7 @@ class Model:
     family: Family
     head: OutputHead
     name: str
+    calibration: Calibration | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +67,13 @@ def accepts(call: Callable[..., Any], option: str) -> bool:
     """Whether `call` can be given `option` by name."""
     parameters = inspect.signature(call).parameters.values()
     return any(p.name == option or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def hide_loading_bars() -> None:
+    """Keep transformers from drawing a progress bar of its own for every model this process loads."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Model:
@@ -107,6 +120,8 @@ def load(
 ) -> Model:
     """Load the bundled model, a local directory or a hub id.
 
+    A `calibration.json` in the directory is read with it; from the hub none is fetched.
+
     Args:
         name: `"shapes"`, a directory written by `save_pretrained`, or a hub id.
         device: where to put it; the CPU by default.
@@ -114,7 +129,7 @@ def load(
 
     Raises:
         UnsupportedModelError: the model has a form fastattr cannot explain, or reads no images.
-        InputError: nothing can be loaded from `name`.
+        InputError: nothing can be loaded from `name`, or its calibration is broken.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -122,6 +137,8 @@ def load(
 
     source = BUNDLED.get(str(name), name)
     bundled = source is not name
+    measured = Path(source, CALIBRATION_FILE)
+    calibration = read_calibration(measured) if measured.is_file() else None
     try:
         family_of(AutoConfig.from_pretrained(source))
         hf_model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32 if bundled else dtype)
@@ -132,4 +149,5 @@ def load(
             f"save_pretrained, or a hub id: {error}"
         ) from error
     hf_model = hf_model.eval()
-    return wrap(hf_model.to(device) if device is not None else hf_model, processor, name=str(name))
+    model = wrap(hf_model.to(device) if device is not None else hf_model, processor, name=str(name))
+    return replace(model, calibration=calibration)

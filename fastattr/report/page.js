@@ -21,6 +21,8 @@ let view = null;
 let cursor = null;
 let pinned = null;
 let active = null;
+let lowWords = []; // of the view, in reading order
+let lowOf = new Map(); // from a token to the one of them it spells a part of
 
 // ---- building the page, once -------------------------------------------------------------------
 
@@ -137,7 +139,12 @@ function use(i) {
     }
   }
   for (const screen of screens) fitCanvas(screen);
+  lowWords = view.low ? view.low.words : [];
+  lowOf = new Map(lowWords.flatMap((word) => word.targets.map((target) => [target, word])));
   responseWords.forEach(colorByEvidence);
+  $("low-key").textContent = view.low ? view.low.key : "";
+  $("low-step").hidden = lowWords.length === 0;
+  $("low-step").textContent = `${lowWords.length} ${lowWords.length === 1 ? "word" : "words"} with low evidence`;
   document.body.classList.toggle("no-evidence", !view.evidence);
   $("tint-key").lastElementChild.textContent =
     view.tint === "relevance"
@@ -178,12 +185,16 @@ function fitCanvas(screen) {
 
 function colorByEvidence(word, i) {
   const nats = view.evidence ? view.evidence[i] : null;
+  const low = lowOf.get(i);
   word.classList.remove("seen", "even", "against");
+  word.classList.toggle("low", low !== undefined);
+  word.classList.toggle("low-end", low?.targets.at(-1) === i);
   if (nats !== null) word.classList.add(verdict(nats).kind);
   word.style.setProperty("--strength", nats === null ? 0 : Math.min(1, Math.abs(nats) / STRONG));
   const said = tokens[i].trim() || "white space";
   const sure = view.logProb[i] === null ? "" : `, probability ${percentOf(Math.exp(view.logProb[i]))}`;
-  word.setAttribute("aria-label", `${said}${sure}${nats === null ? "" : `, ${verdict(nats).name}`}`);
+  const seen = nats === null ? "" : `, ${verdict(nats).name}`;
+  word.setAttribute("aria-label", `${said}${sure}${seen}${low ? ", low evidence" : ""}`);
 }
 
 // ---- showing a token ---------------------------------------------------------------------------
@@ -290,6 +301,7 @@ function describe() {
   $("place").textContent = `token ${active + 1} of ${nTokens}`;
   describeProbability(view.logProb[active]);
   describeEvidence(view.evidence ? view.evidence[active] : null);
+  describeLow(lowOf.get(active));
   view.agreement[active].forEach((share, s) => {
     const row = $("agreement").lastElementChild.children[s];
     fillBar(row.lastElementChild, share, share === null ? "unknown" : percentOf(share));
@@ -317,9 +329,16 @@ function describeEvidence(nats) {
   $("evidence").lastElementChild.textContent = `${signed(nats)} nats`;
 }
 
+function describeLow(word) {
+  $("low").hidden = !word;
+  if (!word) return;
+  const nats = word.evidence === null ? "unknown" : `${signed(word.evidence)} nats`;
+  $("low").lastElementChild.textContent = `“${word.text}” has ${nats}, less than ${signed(view.low.threshold)}`;
+}
+
 function verdict(nats) {
   if (nats >= TWICE) return { kind: "seen", name: "Seen", why: `the picture makes it ${times(nats)} as likely` };
-  if (nats <= -TWICE) return { kind: "against", name: "Made up?", why: `the picture makes it ${times(-nats)} less likely` };
+  if (nats <= -TWICE) return { kind: "against", name: "Against the picture", why: `${times(-nats)} less likely than without it` };
   return { kind: "even", name: "From the text", why: "the picture changes little" };
 }
 
@@ -371,13 +390,21 @@ $("response").addEventListener("focusout", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") letGo();
-  if (event.target.matches("input, button, summary")) return; // their keys are their own
+  if (event.target.matches("input, summary")) return; // their keys are their own
   const now = cursor ?? pinned ?? (event.key === "ArrowLeft" ? nTokens : -1);
   const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: nTokens - 1 }[event.key];
   if (to !== undefined) stepTo(Math.max(0, Math.min(nTokens - 1, to)));
   else if ((event.key === "Enter" || event.key === " ") && tokenOf(event.target)) toggle(indexOf(event.target));
   else return;
   event.preventDefault();
+});
+
+/** Keep the next word with low evidence, and after the last the first again. */
+$("low-step").addEventListener("click", () => {
+  const now = pinned ?? -1;
+  const next = lowWords.find(({ targets }) => targets[0] > now) ?? lowWords[0];
+  cursor = null;
+  if (pinned !== next.targets[0]) toggle(next.targets[0]);
 });
 
 /** The pin, if there is one, travels along. */

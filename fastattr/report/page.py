@@ -194,7 +194,7 @@ def _data_uri(picture: np.ndarray) -> str:
 
 def _view(attribution: Attribution, label: str) -> dict[str, Any]:
     """What changes with the switch: maps `[target t h w]` and tints `[target context]` as uint8, and the scores."""
-    relevance = attribution.relevance
+    relevance, evidence = attribution.relevance, attribution.evidence
     return {
         "label": label,
         "maps": [
@@ -203,7 +203,8 @@ def _view(attribution: Attribution, label: str) -> dict[str, Any]:
         ],
         "tint": "context" if relevance is None else "relevance",
         "tints": _base64(quantise(attribution.context if relevance is None else relevance)),
-        "evidence": None if attribution.evidence is None else _finite(attribution.evidence),
+        "evidence": None if evidence is None else _finite(evidence),
+        "low": None if evidence is None else _low_evidence(attribution, evidence),
         "logProb": _finite(attribution.log_prob),
         "agreement": _finite(attribution.agreement),
         "degenerate": attribution.degenerate.tolist(),
@@ -213,13 +214,38 @@ def _view(attribution: Attribution, label: str) -> dict[str, Any]:
     }
 
 
+def _low_evidence(attribution: Attribution, evidence: Tensor) -> dict[str, Any]:
+    """The marked words, where the mark begins, and how far it can be trusted."""
+    calibration = attribution.calibration
+    if calibration is None:
+        threshold = 0.0
+        key = (
+            "evidence below 0 nats: the picture makes the word less likely. No calibration exists for this model, so how "
+            "many of such words are invented is not known; fastattr eval DATASET --calibration FILE makes one, to be "
+            "kept as calibration.json beside the weights"
+        )
+    else:
+        threshold = calibration.threshold_nats
+        key = f"{calibration}. What share of the marked words is invented depends on how often the model invents"
+    return {
+        "words": [
+            {"text": word.text, "targets": word.targets[0], "evidence": _finite(evidence[list(word.targets[0])].sum())}
+            for word in attribution.low_evidence
+        ],
+        "threshold": threshold,
+        "key": f"{key}. English function words are left out.",
+    }
+
+
 def _settings(attribution: Attribution) -> list[tuple[str, str]]:
     """Name and value of everything needed to get this result again."""
-    config = attribution.config
+    config, calibration = attribution.config, attribution.calibration
+    calibrated = None if calibration is None else f"{calibration.model} on {calibration.dataset}"
     rows = [("model", attribution.model or "not named"), ("source", attribution.source), ("prompt", attribution.prompt)]
     rows += [(f.name, _written(getattr(config, f.name))) for f in dataclasses.fields(AttributionConfig)]
     for scale, grids in zip(config.scales, attribution.grids, strict=False):
         rows.append((f"grid at {scale:g}×", ", ".join("×".join(map(str, grid)) for grid in grids)))
+    rows.append(("calibration", _written(calibrated)))
     return [*rows, ("backend that ran", attribution.backend), *attribution.versions]
 
 

@@ -14,6 +14,10 @@ from fastattr import AttributionConfig, InputError
     ("options", "message"),
     [
         ({"method": "gradcam"}, "method is 'gradcam', expected one of 'lens', 'tam', 'arc'"),
+        ({"scale_mean": "harmonic"}, "scale_mean is 'harmonic', expected one of 'arithmetic', 'geometric'"),
+        ({"filter": "auto"}, "filter is 'auto', expected one of None, True, False"),
+        ({"regions": -1}, "regions is -1, expected a whole number from 0"),
+        ({"regions": True}, "regions is True, expected a whole number from 0"),
         ({"aggregate": "during"}, "aggregate is 'during', expected one of 'before', 'after'"),
         ({"arc_weight": "sum"}, "arc_weight is 'sum'"),
         ({"context": "none"}, "context is 'none'"),

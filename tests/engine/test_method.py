@@ -34,7 +34,8 @@ class Case:
     layouts: tuple[TokenLayout, ...]
     scales: tuple[float, ...]
 
-    def attribute(self, **options: Any) -> fastattr.Attribution:
+    def attribute(self, *, filter: bool | None = True, **options: Any) -> fastattr.Attribution:
+        options["filter"] = filter
         several = (self.hidden, self.head, self.ids, self.layouts)
         single = (self.hidden[0], self.head, self.ids[0], self.layouts[0])
         return fastattr.attribute_states(*(several if len(self.scales) > 1 else single), scales=self.scales, **options)
@@ -164,9 +165,10 @@ def test_arc_at_one_scale(case: Case, data: st.DataObject, p: float, arc_weight:
     contexts,
     st.sampled_from(["product", "relevance"]),
     st.booleans(),
+    st.sampled_from(["arithmetic", "geometric"]),
 )
 def test_several_scales(
-    case: Case, data: st.DataObject, method: str, order: str, context: str, arc_weight: str, decision: bool
+    case: Case, data: st.DataObject, method: str, order: str, context: str, arc_weight: str, decision: bool, mean: str
 ) -> None:
     n = len(case.scales)
     positive = st.lists(st.floats(0.1, 3.0), min_size=n, max_size=n)
@@ -178,6 +180,7 @@ def test_several_scales(
         context=context,
         arc_weight=arc_weight,
         decision_weight=decision,
+        scale_mean=mean,
         scale_weights=None if given_weights is None else tuple(given_weights),
         top_k=k,
     )
@@ -187,6 +190,7 @@ def test_several_scales(
         context=context,
         arc_weight=arc_weight,
         decision_weight=decision,
+        scale_mean=mean,
         scale_weights=given_weights,
         k=k,
     )
@@ -393,6 +397,36 @@ def test_decision_weight_follows_where_the_model_says_the_same() -> None:
     assert weighted.agreement.tolist()[0] == pytest.approx([1.0, said], rel=1e-5)
     assert weighted.raw_range.tolist()[0] == pytest.approx([said / (1 + said), 1 / (1 + said)], rel=1e-5)
     assert weighted.image[0].flatten().tolist() == [1.0, 0.0]
+
+
+def test_a_geometric_mean_keeps_what_every_scale_lights() -> None:
+    """Three patches: lit at both scales, at one, at none. The sum shows the second, the geometric mean nearly hides it."""
+    head = OutputHead(torch.eye(2))
+    layout = TokenLayout.from_spans(images=[(0, 3, (1, 1, 3))], prompt=[], response=(4, 5))
+    ids = torch.tensor([1, 1, 1, 1, 0])
+    one = torch.tensor([[4.0, 0.0], [4.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    other = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    case = Case(head, (one, other), (ids, ids), (layout, layout), (1.0, 2.0))
+
+    summed = case.attribute(method="lens", filter=False, scale_weights=(1.0, 1.0)).image[0].flatten()
+    assert summed.tolist() == pytest.approx([1.0, 0.8, 0.0])
+    kept = case.attribute(method="lens", filter=False, scale_weights=(1.0, 1.0), scale_mean="geometric")
+    floor = 0.04  # a hundredth of the highest activation
+    both, single = np.sqrt((4 + floor) * (1 + floor)) - floor, np.sqrt((4 + floor) * floor) - floor
+    assert kept.image[0].flatten().tolist() == pytest.approx([1.0, single / both, 0.0], rel=1e-4)
+    assert kept.raw_range.tolist()[0] == pytest.approx([0.0, both], rel=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "filtered"), [((15, 16), False), ((16, 15), False), ((16, 16), True)])
+def test_left_to_itself_the_filter_spares_coarse_grids(grid: tuple[int, int], filtered: bool) -> None:
+    rng = np.random.default_rng(0)
+    n = grid[0] * grid[1]
+    layout = TokenLayout.from_spans(images=[(0, n, (1, *grid))], prompt=[(n, n + 1)], response=(n + 1, n + 3))
+    ids = torch.tensor([0] * n + [1, 2, 1])
+    case = Case(OutputHead(eighths(rng, 4, 3)), (eighths(rng, n + 2, 3),), (ids,), (layout,), (1.0,))
+    itself, on, off = (case.attribute(method="lens", filter=asked).image[0] for asked in (None, True, False))
+    assert not torch.equal(on, off)
+    assert torch.equal(itself, on if filtered else off)
 
 
 # --- compat="tam" on more than the golden inputs -------------------------------------------------

@@ -188,12 +188,15 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
     (view,) = payload_of(write_html([why], tmp_path / "x.html").read_text())["views"]
     assert view["logProb"] == [None, -1.0]
     assert view["evidence"] == [None, 0.25]
+    why = replace(why, evidence=torch.tensor([-math.inf, 0.25]))
+    (view,) = payload_of(write_html([why], tmp_path / "x.html").read_text())["views"]
+    assert view["low"]["words"] == [{"text": "one", "targets": [0], "evidence": None}]
 
 
 def test_the_switch_names_what_differs(tmp_path: Path) -> None:
     configs = [
-        AttributionConfig(),
-        AttributionConfig(method="tam", scales=(1.0,)),
+        AttributionConfig(filter=True),
+        AttributionConfig(method="tam", scales=(1.0,), filter=True),
         AttributionConfig(filter=False),
     ]
     page = write_html([synthetic(config=config) for config in configs], tmp_path / "x.html").read_text()

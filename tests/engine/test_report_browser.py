@@ -15,12 +15,16 @@ import torch
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from fastattr.calibration import Calibration
 from fastattr.report import notebook_html, overlay, write_html
 from fastattr.types import Attribution, AttributionConfig
 from tests.engine.test_report import HOSTILE, synthetic
 
 DESKTOP = {"width": 1200, "height": 800}
 PHONE = {"width": 390, "height": 844}
+MADE_UP = Calibration(
+    0.43, n_true=900, n_false=300, true_marked=45, false_marked=243, words="content words", dataset="scenes", model="x"
+)
 Open = Callable[..., Page]
 
 
@@ -157,10 +161,12 @@ def test_tab_reaches_the_words_once_and_they_speak(open_report: Open) -> None:
     )
     page = open_report(why)
     page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "low-step"  # above the words, so before them
+    page.keyboard.press("Tab")
     assert marked(page, "active") == [0]
     assert page.locator(".token[tabindex='0']").count() == 1
     labels = page.locator(".token").evaluate_all("all => all.map(t => t.ariaLabel)")
-    assert labels == ["red, probability 50 %, Seen", "circle, probability 25 %, Made up?"]
+    assert labels == ["red, probability 50 %, Seen", "circle, probability 25 %, Against the picture, low evidence"]
     page.keyboard.press("Space")
     assert page.locator(token(0)).get_attribute("aria-pressed") == "true"
 
@@ -202,14 +208,87 @@ def test_the_panel_tells_what_is_known(open_report: Open) -> None:
     assert "the picture changes little" in page.inner_text("#verdict")
     page.hover(token(2))
     panel = page.inner_text("#panel .reading")
-    for part in ("0.4 %", "−5.52 nats", "−1.39 nats", "Made up?", "4× less likely", "says nothing"):
+    for part in ("0.4 %", "−5.52 nats", "−1.39 nats", "Against the picture", "4× less likely", "says nothing"):
         assert part in panel
-    bars = page.locator(".token").evaluate_all("all => all.map(t => t.className)")
-    assert [name.split()[1] for name in bars] == ["seen", "even", "against"]
+    assert [marked(page, kind) for kind in ("seen", "even", "against")] == [[0], [1], [2]]
+
+
+def low_evidence_example() -> Attribution:
+    """Of its words, `lamp-post` (three tokens) and `cat` have less than 0.43 nats, and `dog` has less than 0."""
+    why = synthetic("A lamp-post, a cat and one red dog.")
+    assert why.tokens == ("A", " lamp", "-", "post", ",", " a", " cat", " and", " one", " red", " dog", ".")
+    return replace(why, evidence=torch.tensor([-3.0, 1, -1, 0.25, -3, -3, 0.125, -3, 0.5, 2, -0.5, -3]))
+
+
+def question_marks(page: Page) -> list[int]:
+    """Tokens that draw a `?` behind themselves."""
+    drawn = page.locator(".token").evaluate_all("all => all.map(t => getComputedStyle(t, '::after').content)")
+    return [i for i, content in enumerate(drawn) if content == '"?"']
+
+
+def test_words_with_low_evidence_are_marked(open_report: Open) -> None:
+    why = low_evidence_example()
+    page = open_report(replace(why, calibration=MADE_UP))
+    assert marked(page, "low") == [1, 2, 3, 6, 10]
+    assert question_marks(page) == [3, 6, 10]  # one a word, at its end
+    assert page.locator("#response").text_content() == why.response  # the marks are no part of the text
+    spoken = page.locator(".token").evaluate_all("all => all.map(t => t.ariaLabel.endsWith('low evidence'))")
+    assert [i for i, low in enumerate(spoken) if low] == [1, 2, 3, 6, 10]
+    assert page.inner_text("#low-key") == (
+        "evidence below 0.43 nats: on 1,200 content words of scenes, 81 % [76, 85] of invented words and 5 % [4, 7] of "
+        "true words are marked. What share of the marked words is invented depends on how often the model invents. "
+        "English function words are left out."
+    )
+    page.hover(token(3))
+    assert page.inner_text("#low") == "Low evidence “lamp-post” has +0.25 nats, less than +0.43"
+    assert page.inner_text("#evidence dd") == "+0.25 nats"  # the token alone
+    page.hover(token(9))
+    assert not page.locator("#low").is_visible()
+
+
+def test_without_a_calibration_the_mark_begins_at_nought_and_says_so(open_report: Open) -> None:
+    page = open_report(low_evidence_example())
+    assert marked(page, "low") == question_marks(page) == [10]
+    key = page.inner_text("#low-key")
+    assert key.startswith("evidence below 0 nats: the picture makes the word less likely.")
+    assert "No calibration exists for this model" in key
+    assert "fastattr eval DATASET --calibration FILE makes one" in key
+    assert page.inner_text("#low-step") == "1 word with low evidence"
+
+
+def test_a_button_steps_through_the_marked_words(open_report: Open) -> None:
+    page = open_report(replace(low_evidence_example(), calibration=MADE_UP))
+    assert page.inner_text("#low-step") == "3 words with low evidence"
+    for expected in (1, 6, 10, 1):
+        page.click("#low-step")
+        rest_pointer(page)
+        assert marked(page, "pinned") == marked(page, "active") == [expected]
+        assert pixels(page).any()
+    page.click(token(8))
+    page.click("#low-step")
+    assert marked(page, "pinned") == [10]
+    page.keyboard.press("Enter")  # the button is still in hand
+    assert marked(page, "pinned") == [1]
+    page.keyboard.press("ArrowRight")
+    assert marked(page, "pinned") == [2]
+
+
+def test_marks_follow_the_switch(open_report: Open) -> None:
+    why = low_evidence_example()
+    lens = replace(why, config=AttributionConfig(method="lens"), calibration=MADE_UP)
+    sure = replace(why, config=AttributionConfig(method="tam"), evidence=torch.full((len(why),), 4.0))
+    page = open_report([why, lens, sure])
+    page.get_by_label("LENS").check(force=True)
+    assert question_marks(page) == [3, 6, 10]
+    page.get_by_label("TAM").check(force=True)
+    assert question_marks(page) == []
+    assert not page.locator("#low-step").is_visible()
 
 
 def test_without_evidence_nothing_is_said_about_it(open_report: Open) -> None:
     page = open_report(replace(synthetic(), evidence=None))
+    assert question_marks(page) == []
+    assert not page.locator("#low-step").is_visible()
     page.click(token(2))
     assert not page.locator("#verdict").is_visible()
     assert not page.locator("#evidence").is_visible()
@@ -320,14 +399,16 @@ def test_nothing_runs_out_of_sight(open_report: Open, scheme: str, viewport: dic
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_ground(open_report: Open, scheme: str) -> None:
     """WCAG AA: 4.5 to 1 for text, on the page and, for a pinned word, on its own ground."""
-    page = open_report(synthetic(), color_scheme=scheme)
+    page = open_report(replace(synthetic(), evidence=torch.full((len(synthetic()),), -1.0)), color_scheme=scheme)
     page.click(token(2))
     rest_pointer(page)
     colors = """([text, ground]) => [
         getComputedStyle(document.querySelector(text)).color,
         getComputedStyle(document.querySelector(ground)).backgroundColor,
     ]"""
-    for text, ground in [("#response", "body"), ("#model", "body"), (".verdict b", "#panel"), (".pinned", ".pinned")]:
+    words = [("#response", "body"), ("#model", "body"), (".pinned", ".pinned")]
+    verdicts = [("#verdict b", "#panel"), ("#low b", "#panel"), (".swatch.low", "body")]  # which has the marks' colour
+    for text, ground in words + verdicts:
         ink, paper = (_luminance(color) for color in page.evaluate(colors, [text, ground]))
         ratio = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
         assert ratio >= 4.5, (text, ground, ratio)

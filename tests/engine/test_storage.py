@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fastattr import Attribution, SaveError
+from fastattr.calibration import Calibration
 from tests.engine.samples import make_attribution
+
+MADE_UP = Calibration(
+    0.1 + 0.2, n_true=900, n_false=3, true_marked=45, false_marked=3, words="content words", dataset="scenes", model="x"
+)
 
 
 @pytest.mark.parametrize("pictures", [True, False])
 def test_round_trip(tmp_path: Path, pictures: bool) -> None:
     why = make_attribution(grids=((1, 4, 6), (3, 2, 2)), pictures=pictures, evidence=pictures)
+    why = dataclasses.replace(why, calibration=MADE_UP if pictures else None)
     again = Attribution.load(why.save(tmp_path / "x.safetensors"))
     for field in dataclasses.fields(Attribution):
         ours, theirs = getattr(why, field.name), getattr(again, field.name)
@@ -31,6 +39,18 @@ def test_round_trip(tmp_path: Path, pictures: bool) -> None:
             assert torch.equal(ours, theirs), field.name
         else:
             assert ours == theirs, field.name
+
+
+def test_a_file_from_before_calibrations_is_read(tmp_path: Path) -> None:
+    path = make_attribution().save(tmp_path / "x.safetensors")
+    with safe_open(path, framework="pt") as file:
+        manifest = json.loads(file.metadata()["fastattr"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del manifest["calibration"]
+    save_file(tensors, path, metadata={"fastattr": json.dumps(manifest)})
+    again = Attribution.load(path)
+    assert again.calibration is None
+    assert again.response == make_attribution().response
 
 
 def test_the_file_has_the_usual_permissions(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def explain(
     method: str,
     scale_weights: Sequence[float] | None = None,
     decision_weight: bool = False,
+    scale_mean: str = "arithmetic",
     aggregate: str = "before",
     k: int = 50,
     p: float = 0.9,
@@ -227,12 +228,24 @@ def explain(
         own_maps = [_maps(r, head, own) for r in readings]
         scores = [[activation(head, r.hidden[at], own) for _, at in r.context()[: n_prompt + t]] for r in readings]
         mixed_scores = [sum(o * s[j] for o, s in zip(omega, scores, strict=True)) for j in earlier]
-        raw = _mix(own_maps, omega, grids)
+        mix = _mix if scale_mean == "arithmetic" else _mix_geometric
+        raw = mix(own_maps, omega, grids)
         if method == "lens":
             cleaned, residual[t] = raw, 1.0
         elif aggregate == "before":
-            others = [_mix([_maps(r, head, classes[j]) for r in readings], omega, grids) for j in earlier]
-            cleaned, _ = remove_interference(raw, others, weights(mixed_scores))
+            share = np.array(weights(mixed_scores))
+            share = share / share.sum() if share.any() else share
+            context_maps = [
+                [
+                    sum(
+                        (part * _maps(r, head, classes[j])[i] for j, part in zip(earlier, share, strict=True)),
+                        np.zeros(g),
+                    )
+                    for i, (_, g) in enumerate(r.images)
+                ]
+                for r in readings
+            ]
+            cleaned, _ = remove_interference(raw, [mix(context_maps, omega, grids)], [1.0])
             residual[t] = _share(cleaned, raw)
         else:
             parts = []
@@ -241,7 +254,7 @@ def explain(
                 flat, _ = remove_interference(_flatten(maps), others, weights(s))
                 residual[t] += o * _share(flat, _flatten(maps))
                 parts.append(_unflatten(flat, [grid for _, grid in r.images]))
-            cleaned = _mix(parts, omega, grids)
+            cleaned = mix(parts, omega, grids)
 
         low = min([cleaned.min(), *mixed_scores])
         high = max([cleaned.max(), *mixed_scores])
@@ -302,6 +315,17 @@ def _mix(maps: Sequence[Sequence[Array]], omega: Sequence[float], grids: Sequenc
         for i, (_, height, width) in enumerate(grids):
             total[i] = total[i] + weight * np.stack([bilinear(frame, height, width) for frame in of_scale[i]])
     return _flatten(total)
+
+
+def _mix_geometric(
+    maps: Sequence[Sequence[Array]], omega: Sequence[float], grids: Sequence[tuple[int, int, int]]
+) -> Array:
+    """The weighted geometric mean above a hundredth of the highest value of all scales and images."""
+    top = max(float(frame.max()) for of_scale in maps for frame in of_scale)
+    if top == 0:
+        return _flatten([np.zeros(grid) for grid in grids])
+    logs = [[np.log(frame + 0.01 * top) for frame in of_scale] for of_scale in maps]
+    return np.maximum(np.exp(_mix(logs, omega, grids)) - 0.01 * top, 0.0)
 
 
 def _finest(grids: Sequence[tuple[int, int, int]]) -> tuple[int, int, int]:
