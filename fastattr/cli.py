@@ -1,8 +1,9 @@
-"""`fastattr demo | explain | show | models | bench`."""
+"""`fastattr demo | explain | show | models | eval | bench`."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import webbrowser
@@ -31,6 +32,12 @@ class MethodName(str, Enum):
     lens = "lens"
     tam = "tam"
     arc = "arc"
+
+
+class FillName(str, Enum):
+    grey = "grey"
+    mean = "mean"
+    blur = "blur"
 
 
 class BackendName(str, Enum):
@@ -133,6 +140,51 @@ def models(as_json: Json = False) -> None:
         print(f"{row['model_type']:<14}{row['family']:<30}{row['scales']:<8}{row['picture']}")
 
 
+@app.command(name="eval")
+def evaluate(
+    dataset: Annotated[str, typer.Argument(help="Bundled scenes by name, a folder, or a COCO instances file.")],
+    model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; with scales of their own as in tam@1+1.5+2.")
+    ] = "lens,tam,arc,best",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="The first samples only.")] = None,
+    out: Annotated[Path, typer.Option(help="Where to write; an interrupted run goes on there.")] = Path(
+        "fastattr-eval.jsonl"
+    ),
+    prompt: Annotated[str | None, typer.Option(help="Instead of the dataset's own question.")] = None,
+    words: Annotated[int, typer.Option(min=0, help="Words a sample judged by hiding patches; 0 for none.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Equal shares of the patches that are hidden.")] = 10,
+    fill: Annotated[FillName, typer.Option(help="What stands where a patch is hidden.")] = FillName.grey,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the words and the random orders.")] = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default a core each, one on a GPU.")] = None,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw beside the results.")] = True,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Also write where low evidence begins, for words like these.")
+    ] = None,
+) -> None:
+    """Judge maps and evidence on a dataset: masks, hidden patches, inventions."""
+    from fastattr.evaluate import Settings, Task, method_of, run, summary
+
+    chosen = {name.strip(): method_of(name.strip()) for name in methods.split(",") if name.strip()}
+    if not chosen:
+        raise InputError(f"--methods is {methods!r}, expected at least one name, for example 'tam,arc'")
+    settings = Settings(chosen, words=words, steps=steps, fill=fill.value, seed=seed)
+    results = run(Task(dataset, model, n, prompt, settings), out, workers=workers or _cores())
+    print(summary(results))
+    print(f"\n{out.resolve()}")
+    if plots:
+        from fastattr.evaluate.plots import draw
+
+        for path in draw(results, out):
+            print(path.resolve())
+    if calibration is not None:
+        from fastattr.evaluate.tables import calibration_of
+        from fastattr.storage import write_calibration
+
+        write_calibration(calibration_of(results), calibration)
+        print(calibration.resolve())
+
+
 @app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="Where to write the figures.")] = Path("fastattr-bench.jsonl"),
@@ -194,6 +246,15 @@ def _explain(
     _print(explained, out, as_json)
     if open_browser:
         webbrowser.open(out.resolve().as_uri())
+
+
+def _cores() -> int:
+    """One process for each core this one may use; one where a GPU does the work."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _say(progress: Any, text: str) -> None:
@@ -274,10 +335,14 @@ def _print(explained: list[fastattr.Attribution], out: Path | None, as_json: boo
         return
     print(why.response)
     print()
-    print(f"{'token':<14}{'evidence':>10}{'probability':>13}  where")
+    print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
+    low = set() if why.evidence is None else {target for word in why.low_evidence for target in word.targets[0]}
     for i, token in enumerate(why.tokens):
         evidence = "" if why.evidence is None else f"{float(why.evidence[i]):+.2f}"
-        print(f"{token.strip()!r:<14}{evidence:>10}{float(why.log_prob[i].exp()):>13.3f}  {_where(why, i)}")
+        mark = "?" if i in low else ""
+        print(f"{token.strip()!r:<14}{evidence:>10} {mark:<1}{float(why.log_prob[i].exp()):>13.3f}  {_where(why, i)}")
+    if low and why.calibration is not None:
+        print(f"? {why.calibration}")
     for note in why.notes:
         print(f"note: {note}")
     if out is not None:
@@ -308,9 +373,9 @@ def _parse_scales(text: str) -> tuple[float, ...]:
 
 def main() -> None:
     """Run the command line; errors of our own tree are one line on stderr and exit code 2."""
-    import transformers
+    from fastattr.adapters import hide_loading_bars
 
-    transformers.utils.logging.disable_progress_bar()
+    hide_loading_bars()
     try:
         app()
     except FastattrError as error:

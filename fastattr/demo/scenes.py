@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fastattr.errors import InputError
+
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 38),
     "green": (44, 150, 52),
@@ -84,6 +86,7 @@ class Scene:
     masks: np.ndarray  # bool [object h w]
     objects: tuple[SceneObject, ...]
     background: str
+    n_asked: int | None  # of objects, as in `make_scene`
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,29 @@ def make_scene(seed: int, height: int = 192, width: int | None = None, *, n_obje
         height, width: size in pixels; `width` defaults to `height`.
         n_objects: one to four; drawn at random when None.
     """
-    width = height if width is None else width
+    return _draw(seed, height, height if width is None else width, n_objects)
+
+
+def erase(scene: Scene, k: int) -> Scene:
+    """The scene without object `k`: the same picture, pixel for pixel, as if that object had never been drawn.
+
+    Raises:
+        InputError: there is no object `k`.
+    """
+    if not 0 <= k < len(scene.objects):
+        raise InputError(f"there is no object {k} to erase; the scene has {len(scene.objects)}, counted from 0")
+    width, height = scene.image.size
+    return _draw(scene.seed, height, width, scene.n_asked, (*scene.objects[:k], *scene.objects[k + 1 :]))
+
+
+def _draw(
+    seed: int, height: int, width: int, n_asked: int | None, drawn: tuple[SceneObject, ...] | None = None
+) -> Scene:
+    """The scene of `seed`, with `drawn` on its background instead of its own objects unless None."""
     rng = np.random.default_rng(seed)
     background = str(rng.choice(list(BACKGROUNDS)))
-    objects = _place_objects(rng, height, width, n_objects)
+    placed = _place_objects(rng, height, width, n_asked)  # what follows depends on these draws, whatever is drawn
+    objects = placed if drawn is None else drawn
     canvas = _background(rng, height, width, background)
     masks = np.zeros((len(objects), height, width), dtype=bool)
     for index, item in enumerate(objects):
@@ -116,7 +138,7 @@ def make_scene(seed: int, height: int = 192, width: int | None = None, *, n_obje
         masks[index, rows, columns] = coverage >= 0.5
     canvas += 2.0 * rng.standard_normal(canvas.shape, dtype=np.float32)
     picture = Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), "RGB")
-    return Scene(seed, picture, masks, objects, background)
+    return Scene(seed, picture, masks, objects, background, n_asked)
 
 
 def _place_objects(rng: np.random.Generator, height: int, width: int, n_objects: int | None) -> tuple[SceneObject, ...]:

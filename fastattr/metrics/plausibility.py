@@ -186,8 +186,9 @@ def f1_iou(obj: float, func: float) -> float:
 def plausibility(maps: Tensor, nouns: Sequence[Noun], functions: Sequence[Sequence[int]]) -> Plausibility:
     """Score the maps of one response over one image.
 
-    A word of several tokens gets the maximum of their maps. The threshold of the function words is the mean of the
-    Otsu thresholds of this response's nouns.
+    As in the protocol, a noun of several tokens has the scores of the token whose Obj-IoU is best and the highest of
+    their Otsu thresholds, a function word the mean over its tokens. The threshold of the function words is the mean
+    over this response's nouns.
 
     Args:
         maps: `[target h w]` in [0, 1]; the grid covers the whole image, or the masks are cropped to what it covers.
@@ -209,20 +210,24 @@ def plausibility(maps: Tensor, nouns: Sequence[Noun], functions: Sequence[Sequen
         raise InputError(f"plausibility got masks of sizes {sorted(sizes)}, expected one size: that of the image")
 
     scored = [noun for noun in nouns if noun.targets and noun.mask.any()]
-    spelled = [targets for targets in functions if targets] if scored else []
+    spelled = [list(targets) for targets in functions if targets] if scored else []
     n_dropped = len(nouns) - len(scored) + len(functions) - len(spelled)
     if not scored:
         return Plausibility(math.nan, math.nan, math.nan, 0, 0, n_dropped)
 
-    words = [noun.targets for noun in scored] + list(spelled)
-    upsampled = _upsample(torch.stack([maps[list(targets)].amax(0) for targets in words]), _size(scored[0].mask))
-    levels = _levels(upsampled)
-    thresholds = [otsu_threshold(word) for word in levels[: len(scored)]]
-    scores = [
-        _noun_scores(upsampled[i], levels[i] > threshold, noun.mask)
-        for i, (threshold, noun) in enumerate(zip(thresholds, scored, strict=True))
+    scores, thresholds = [], []
+    for noun in scored:
+        upsampled = _upsample(maps[list(noun.targets)], _size(noun.mask))
+        levels = _levels(upsampled)
+        splits = [otsu_threshold(token) for token in levels]
+        tokens = zip(upsampled, levels, splits, strict=True)
+        each = [_noun_scores(heat, level > split, noun.mask) for heat, level, split in tokens]
+        scores.append(max(each, key=lambda score: score.obj))
+        thresholds.append(max(splits))
+    size, threshold = _size(scored[0].mask), float(np.mean(thresholds))
+    funcs = [
+        float(np.mean([func_iou(token, threshold) for token in quantise(maps[targets], size)])) for targets in spelled
     ]
-    funcs = [func_iou(word, float(np.mean(thresholds))) for word in levels[len(scored) :]]
     means = {name: float(np.mean([getattr(score, name) for score in scores])) for name in NOUN_SCORES}
     func = float(np.mean(funcs)) if funcs else math.nan
     return Plausibility(

@@ -207,32 +207,36 @@ def test_f1_is_the_harmonic_mean() -> None:
 def test_plausibility_by_hand() -> None:
     maps = torch.tensor(
         [
-            [[0.8, 0.0], [0.0, 0.0]],  # first half of the noun "circle"
-            [[0.0, 0.8], [0.0, 0.0]],  # second half: together the top row
+            [[0.8, 0.0], [0.2, 0.0]],  # first half of the noun "circle": threshold 0, three quarters of it wrong
+            [[0.8, 0.8], [0.2, 0.2]],  # second half: threshold 51, exactly the top row
             [[0.4, 0.4], [0.8, 0.8]],  # the noun "square": threshold 102, the bottom row
-            [[0.1, 0.3], [0.5, 0.9]],  # "the": levels 25 76 127 229
+            [[0.1, 0.3], [0.5, 0.9]],  # first half of "the": levels 25 76 127 229
+            [[0.1, 0.1], [0.1, 0.9]],  # second half
             [[0.0, 0.0], [0.0, 0.0]],  # "is"
         ]
     )
     top, left = np.array([[True, True], [False, False]]), np.array([[True, False], [True, False]])
-    score = metrics.plausibility(maps, [Noun((0, 1), top), Noun((2,), left)], [(3,), (4,)])
-    # "circle" is exact (threshold 0); "square" shares 1 of 3 pixels (threshold 102). The mean threshold is 51, so
-    # one pixel of four of "the" is background, and all of "is"
+    score = metrics.plausibility(maps, [Noun((0, 1), top), Noun((2,), left)], [(3, 4), (5,)])
+    # "circle" is as good as its better half, which is exact; "square" shares 1 of 3 pixels. The mean threshold is
+    # (51 + 102) / 2, so of "the" a half and three quarters are background, and all of "is"
     assert score.obj == pytest.approx((1 + 1 / 3) / 2)
-    assert score.func == pytest.approx((1 / 4 + 1) / 2)
-    assert score.f1 == pytest.approx(2 * (2 / 3) * (5 / 8) / (2 / 3 + 5 / 8))
+    assert score.func == pytest.approx((5 / 8 + 1) / 2)
+    assert score.f1 == pytest.approx(2 * (2 / 3) * (13 / 16) / (2 / 3 + 13 / 16))
     assert (score.n_nouns, score.n_functions, score.n_dropped) == (2, 2, 0)
-    # "circle" is .8 on its two pixels; "square" has .4 + .8 inside and as much outside, its foreground half inside
+    # "circle" is .8 on its two pixels and .2 beside; "square" has .4 + .8 inside and as much outside
     assert (score.precision, score.recall) == pytest.approx(((1 + 1 / 2) / 2, (1 + 1 / 2) / 2))
-    assert score.soft_iou == pytest.approx((1.6 / 2 + 1.2 / (2 + 1.2)) / 2)
-    assert (score.pointing, score.mass) == pytest.approx(((1 + 1 / 2) / 2, (1 + 1 / 2) / 2))
+    assert score.soft_iou == pytest.approx((1.6 / 2.4 + 1.2 / (2 + 1.2)) / 2)
+    assert (score.pointing, score.mass) == pytest.approx(((1 + 1 / 2) / 2, (0.8 + 1 / 2) / 2))
 
 
-def test_the_means_of_a_response_are_those_of_its_nouns() -> None:
+def test_the_means_of_a_response_are_those_of_the_best_tokens_of_its_nouns() -> None:
     maps = torch.rand(4, 5, 6, generator=torch.Generator().manual_seed(1))
     masks = np.random.default_rng(1).random((3, 20, 18)) < 0.3
     nouns = [Noun((0,), masks[0]), Noun((1, 2), masks[1]), Noun((3,), masks[2])]
-    alone = [metrics.noun_scores(maps[list(noun.targets)].amax(0), noun.mask) for noun in nouns]
+    alone = [
+        max((metrics.noun_scores(maps[target], noun.mask) for target in noun.targets), key=lambda scores: scores.obj)
+        for noun in nouns
+    ]
     means = np.mean([scores_of(scores) for scores in alone], axis=0)
     assert scores_of(metrics.plausibility(maps, nouns, [(1,)])) == pytest.approx(means)
 

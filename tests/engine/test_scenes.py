@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastattr.demo import scenes
+from fastattr.errors import InputError
 
 SEEDS = st.integers(0, 2**31)
 
@@ -88,3 +91,62 @@ def test_an_unknown_shape_is_refused() -> None:
     item = scenes.SceneObject("red", "blob", "large", "center", (0.5, 0.5), 0.16, (214, 38, 38))
     with pytest.raises(ValueError, match="unknown shape 'blob'"):
         scenes._coverage(item, 64, 64)
+
+
+# --- erasing ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seed", "height", "width", "n_objects", "picture", "masks", "objects"),
+    [
+        (0, 192, None, None, "6fd78b2824bcddda", "44e133932dd5ad71", "db63e02485759daf"),
+        (7, 96, 64, None, "b4fd36f359b3ee60", "352c277091d781e3", "53b2e42fd9b5619c"),
+        (123, 192, None, 4, "27e98c6601728077", "d0a6f0daf906ecf3", "bc3dc3cd80677b86"),
+        (scenes.HELD_OUT, 192, None, None, "2f3a4524f6ab011c", "c00bf2a9593befe6", "377b6b0b6203d825"),
+        (2**31, 120, 80, 3, "e4ea1da7a2d05230", "f03d115aa0c0e456", "ad341741288d1cc9"),
+    ],
+)
+def test_pictures_stay_what_models_and_results_were_made_with(
+    seed: int, height: int, width: int | None, n_objects: int | None, picture: str, masks: str, objects: str
+) -> None:
+    scene = scenes.make_scene(seed, height, width, n_objects=n_objects)
+    assert digest(np.asarray(scene.image).tobytes()) == picture
+    assert digest(scene.masks.tobytes()) == masks
+    assert digest(repr(scene.objects).encode()) == objects
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+@given(SEEDS, st.sampled_from([None, 2, 4]), st.data())
+def test_an_erased_object_was_never_drawn(seed: int, n_objects: int | None, data: st.DataObject) -> None:
+    """The oracle draws the same scene with a brush that leaves nothing where this object is."""
+    scene = scenes.make_scene(seed, 48, 64, n_objects=n_objects)
+    k = data.draw(st.integers(0, len(scene.objects) - 1))
+    coverage = scenes._coverage
+
+    def leave_out(item: scenes.SceneObject, height: int, width: int) -> tuple[np.ndarray, tuple[int, int]]:
+        drawn, corner = coverage(item, height, width)
+        return (drawn * 0 if item == scene.objects[k] else drawn), corner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "_coverage", leave_out)
+        never_drawn = scenes.make_scene(seed, 48, 64, n_objects=n_objects)
+    erased = scenes.erase(scene, k)
+    np.testing.assert_array_equal(np.asarray(erased.image), np.asarray(never_drawn.image))
+    np.testing.assert_array_equal(erased.masks, np.delete(scene.masks, k, axis=0))
+    assert erased.objects == (*scene.objects[:k], *scene.objects[k + 1 :])
+    assert (erased.seed, erased.background) == (scene.seed, scene.background)
+
+
+def test_all_objects_can_be_erased_in_any_order() -> None:
+    scene = scenes.make_scene(3, 64, n_objects=3)
+    one = scenes.erase(scenes.erase(scenes.erase(scene, 2), 0), 0)
+    other = scenes.erase(scenes.erase(scenes.erase(scene, 0), 0), 0)
+    assert one.objects == () == other.objects
+    assert np.array_equal(np.asarray(one.image), np.asarray(other.image))
+    with pytest.raises(InputError, match="there is no object 3 to erase; the scene has 3, counted from 0"):
+        scenes.erase(scene, 3)
+    with pytest.raises(InputError, match="no object -1"):
+        scenes.erase(scene, -1)
