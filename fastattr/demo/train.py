@@ -5,6 +5,9 @@ shows (colour, shape, size, place), through the tied word embeddings. Without it
 settles on its template and learns shapes late. Stage 2 adds the language loss over descriptions and
 questions and keeps a little of the dense loss. Images come in several sizes, so that the scales
 1 to 2 used for explanations stay in distribution.
+
+`--tower-from DIR` makes a control instead: the vision tower of a finished model, frozen, under a new projector and a
+new language model that see the language loss alone. Nothing ties its image tokens to words but what it had to say.
 """
 
 from __future__ import annotations
@@ -180,10 +183,12 @@ def check_fast_path(model: Any, processor: Any) -> None:
 
 
 def optimizers(model: Any, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, norms and the patch convolution."""
+    """Muon for the hidden matrices, AdamW for embeddings, norms and the patch convolution; frozen ones are left out."""
     matrices: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         hidden = parameter.ndim == 2 and "embed_tokens" not in name
         (matrices if hidden else others).append(parameter)
     return [
@@ -205,12 +210,27 @@ def dense_accuracy(model: Any, embeddings: torch.Tensor, batch: Batch, word_id: 
     return result
 
 
+def borrow_tower(model: Any, source: str | Path) -> None:
+    """Give a fresh model the frozen vision tower of a finished one."""
+    finished = Mistral3ForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
+    model.model.vision_tower.load_state_dict(finished.model.vision_tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+
+
 def train(
-    out: Path, *, dense_steps: int, language_steps: int, learning_rate: float, seed: int, dense_from: Path | None
+    out: Path,
+    *,
+    dense_steps: int,
+    language_steps: int,
+    learning_rate: float,
+    seed: int,
+    dense_from: Path | None,
+    tower_from: Path | None,
 ) -> None:
     """Both stages, then the weights in half precision with their processor.
 
-    `dense_from` holds a saved stage 1, which is then not repeated.
+    `dense_from` holds a saved stage 1, which is then not repeated. With `tower_from` there is no stage 1 and no dense
+    loss, see the module.
 
     Raises:
         ValueError: `seed` would draw scenes that are held out.
@@ -225,6 +245,10 @@ def train(
     else:
         model = Mistral3ForConditionalGeneration.from_pretrained(dense_from, dtype=torch.float32)
         dense_steps = 0
+    if tower_from is not None:
+        borrow_tower(model, tower_from)
+        dense_steps = 0
+    dense_share = 0.1 if tower_from is None else 0.0
     model.set_attn_implementation("eager")  # on a CPU its backward in bfloat16 is twice as fast as SDPA's
     check_fast_path(model, processor)
     torch._dynamo.config.cache_size_limit = 4 * len(set(SIDES))
@@ -250,7 +274,7 @@ def train(
                     language = predict(
                         model, embeddings, batch, tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("<user>")
                     )
-            loss = dense if stage == "dense" else language + 0.1 * dense
+            loss = dense if stage == "dense" else language + dense_share * dense
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for stepper in steppers:
@@ -294,6 +318,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--dense-from", type=Path, help="skip stage 1 and start from its saved result")
+    parser.add_argument("--tower-from", type=Path, help="the control: the frozen tower of this model, all else new")
     arguments = parser.parse_args()
     train(
         arguments.out,
@@ -302,6 +327,7 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
         seed=arguments.seed,
         dense_from=arguments.dense_from,
+        tower_from=arguments.tower_from,
     )
 
 
