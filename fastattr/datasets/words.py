@@ -54,11 +54,15 @@ def noun_mentions(response: str, masks: Mapping[str, np.ndarray | None], *, part
     Args:
         masks: by name, bool `[H W]`, where such things are; None where the picture shows none, which makes the word an
             invention.
-        parts: whether a word of a longer name stands for the whole, see `find_names`.
+        parts: whether a word of a longer name stands for the whole, see `find_names`; it does so only where the picture
+            shows the thing, since "light" in "a light brown couch" is no invented traffic light.
     """
     mentions = []
+    whole = {span for span, _ in find_names(response, masks)}
     for span, names in find_names(response, masks, parts=parts):
         shown = [mask for name in names if (mask := masks[name]) is not None]
+        if not shown and span not in whole:
+            continue
         mask = np.logical_or.reduce(shown) if shown else None
         mentions.append(Mention(span, mask, "noun", true=mask is not None))
     return tuple(mentions)

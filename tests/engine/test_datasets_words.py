@@ -157,3 +157,12 @@ def test_without_inflect_the_error_says_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "inflect", None)
     with pytest.raises(DatasetError, match=r'needs inflect: pip install "fastattr\[eval\]"'):
         english()
+
+
+def test_a_part_of_a_name_is_no_invention() -> None:
+    shown = np.ones((2, 2), bool)
+    masks = {"traffic light": None, "couch": shown, "tennis racket": shown, "dog": None}
+    found = noun_mentions("A light brown couch, a racket, a dog, traffic lights.", masks, parts=True)
+    said = ["A light brown couch, a racket, a dog, traffic lights."[slice(*each.span)] for each in found]
+    assert said == ["couch", "racket", "dog", "traffic lights"]
+    assert [each.true for each in found] == [True, True, False, False]
