@@ -271,10 +271,13 @@ def explain_readings(
     maps = explain_states(readings, model.head, config)
     if not config.regions:
         return maps
-    falls = regional_evidence(model, visuals, prompt, readings[0], config.regions)
-    grids = [each.shape[1:] for each in maps.image]
-    spreads = [spread(each, (t, h, w)) for each, (t, h, w) in zip(falls, grids, strict=True)]
-    return replace(maps, image=weigh(maps.image, spreads))
+    return weigh_maps(maps, regional_evidence(model, visuals, prompt, readings[0], config.regions))
+
+
+def weigh_maps(maps: TokenMaps, falls: Sequence[Tensor]) -> TokenMaps:
+    """The same maps, weighed by what `regional_evidence` found."""
+    grids = [(t, h, w) for _, t, h, w in (each.shape for each in maps.image)]
+    return replace(maps, image=weigh(maps.image, [spread(each, grid) for each, grid in zip(falls, grids, strict=True)]))
 
 
 def regional_evidence(

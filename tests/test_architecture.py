@@ -60,6 +60,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.descriptors",
         "fastattr.images",
         "fastattr.maps",
+        "fastattr.method",
         "fastattr.metrics",
         "fastattr.metrics.faithfulness",
         "fastattr.pipeline",

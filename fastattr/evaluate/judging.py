@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from fastattr.descriptors import describe_maps
 from fastattr.evaluate.judgement import Hiding, Judgement, Said
 from fastattr.images import Visual
 from fastattr.maps import log_probs
+from fastattr.method import explain_states
 from fastattr.metrics import Noun, plausibility
 from fastattr.metrics.faithfulness import Fill, cut_picture, faithfulness, map_order, mask_order, random_order
-from fastattr.pipeline import explain_readings, read_states
+from fastattr.pipeline import read_states, regional_evidence, weigh_maps
 from fastattr.text import TokenText, decode_tokens
 from fastattr.types import AttributionConfig, Box, Grid, ScaleStates, TokenMaps
 
@@ -65,19 +67,18 @@ def judge(model: Model, sample: Sample, settings: Settings) -> Judgement:
     mentions = [mention for mention in sample.mentions(text.text) if tokens_at(text, mention.span)]
     functions = [tokens_at(text, span) for span in sample.functions(text.text)]
 
-    read: dict[tuple[float, int], ScaleStates] = {}
-
+    @cache
     def states(scale: float, layer: int) -> ScaleStates:
-        if (scale, layer) not in read:
-            read[scale, layer] = read_states(model, [visual], sample.prompt, response_ids, scale=scale, layer=layer)
-        return read[scale, layer]
+        return read_states(model, [visual], sample.prompt, response_ids, scale=scale, layer=layer)
 
-    explained = {
-        name: explain_readings(
-            model, [visual], sample.prompt, [states(scale, config.layer) for scale in config.scales], config
-        )
-        for name, config in settings.methods.items()
-    }
+    @cache
+    def falls(n: int) -> tuple[Tensor, ...]:
+        return regional_evidence(model, [visual], sample.prompt, states(1.0, -1), n)
+
+    explained = {}
+    for name, config in settings.methods.items():
+        maps = explain_states([states(scale, config.layer) for scale in config.scales], model.head, config)
+        explained[name] = weigh_maps(maps, falls(config.regions)) if config.regions else maps
     extent = states(1.0, -1).layout.images[0].extent
     nouns = [Noun(tokens_at(text, each.span), crop(each.mask, extent)) for each in mentions if each.mask is not None]
     blanked = read_states(model, [visual.blank()], sample.prompt, response_ids)
