@@ -114,18 +114,18 @@ def rows(listed: Sequence[Variant], masks: Results, hidden: Results) -> list[dic
                 "factor": variant.factor,
                 "value": variant.value,
                 **{
-                    name: round(value, 4) if isinstance(value, float) else value
+                    name: round(value, 6) if isinstance(value, float) else value
                     for name, value in asdict(scores).items()
                 },
-                "deletion": round(hiding_mean(hidden, variant.name, "deletion_auc"), 4),
-                "insertion": round(hiding_mean(hidden, variant.name, "insertion_auc"), 4),
+                "deletion": round(hiding_mean(hidden, variant.name, "deletion_auc"), 6),
+                "insertion": round(hiding_mean(hidden, variant.name, "insertion_auc"), 6),
                 "over_base": _gains(masks, hidden, variant.name, base),
                 "over_tam": _gains(masks, hidden, variant.name, tam),
                 "config": asdict(variant.config),
             }
         )
     for order in (RANDOM, MASK):
-        means = {score: round(hiding_mean(hidden, order, f"{score}_auc"), 4) for score in ("deletion", "insertion")}
+        means = {score: round(hiding_mean(hidden, order, f"{score}_auc"), 6) for score in ("deletion", "insertion")}
         lines.append({"factor": "control", "value": order, **means})
     return lines
 
@@ -140,7 +140,7 @@ def _gains(masks: Results, hidden: Results, name: str, base: str) -> dict[str, d
 
 
 def _rounded(gain: Interval) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in asdict(gain).items()}
+    return {name: round(value, 6) for name, value in asdict(gain).items()}
 
 
 def sweep(model: str, n: int, n_hidden: int, workers: int) -> list[dict[str, Any]]:

@@ -10,52 +10,47 @@ from benchmarks.record import RESULTS, read_jsonl
 Row = Mapping[str, Any]
 
 
-def ablation_table(header: Row, rows: Sequence[Row]) -> str:
-    """Methods at scales, then what one change to the base does."""
-    base = header["base"]
+def sweep_table(header: Row, rows: Sequence[Row]) -> str:
+    """Methods at scales, then what one change does to the base and to the best, by masks and by hiding patches."""
+    head = (
+        "Obj-IoU",
+        "Func-IoU",
+        "F1-IoU",
+        "pointing",
+        "deletion",
+        "insertion",
+        "F1 over",
+        "deletion over",
+        "insertion over",
+    )
+
+    def cells(row: Row, base: str) -> tuple[str, ...]:
+        gains = row[base]
+        shown = (f"{row[name]:.3f}" for name in ("obj", "func", "f1", "pointing", "deletion", "insertion"))
+        return (*shown, *(_interval(gains[name]) for name in ("f1", "deletion", "insertion")))
+
     methods = markdown(
-        ("method", "scales", "Obj-IoU", "Func-IoU", "F1-IoU", "gain over one-scale TAM"),
-        (
-            (*row["value"].split(" ", 1), *_scores(row), _interval(row["gain_over_one_scale_tam"]))
-            for row in rows
-            if row["factor"] == "method x scales"
-        ),
+        ("method and scales", *head),
+        ((row["value"], *cells(row, "over_tam")) for row in rows if row["factor"] == "method x scales"),
     )
     changes = markdown(
-        ("change", "from", "to", "Obj-IoU", "Func-IoU", "F1-IoU", "gain over the base"),
+        ("change", *head),
         (
-            (
-                f"`{row['factor']}`",
-                _plain(base[row["factor"]]),
-                row["value"],
-                *_scores(row),
-                _interval(row["gain_over_base"]),
-            )
+            (f"{row['factor']}: {row['value']}", *cells(row, "over_base"))
             for row in rows
-            if row["factor"] != "method x scales"
+            if row["factor"] not in ("method x scales", "control")
         ),
+    )
+    controls = "; ".join(
+        f"{row['value']} {row['deletion']:.3f} / {row['insertion']:.3f}" for row in rows if row["factor"] == "control"
     )
     first = rows[0]
-    counted = (
-        f"{first['scenes']} held-out scenes, {first['n_nouns']} nouns, {first['n_functions']} function words, "
-        f"{first['n_dropped']} dropped; intervals are {header['interval']}."
-    )
-    scales = _plain(base["scales"])
-    return f"{counted}\n\n{methods}\n\nOne change at a time to `{base['method']}` at scales {scales}:\n\n{changes}"
-
-
-IN_SHORT = ("tam 1", "arc 1", "lens 1 1.5 2", "tam 1 1.5 2", "arc 1 1.5 2", "lens 2", "tam 2", "arc 2")
-
-
-def ablation_summary(header: Row, rows: Sequence[Row]) -> str:
-    """The rows a reader wants first: one scale, several, and the largest alone as a control."""
-    chosen = {row["value"]: row for row in rows if row["factor"] == "method x scales"}
-    return markdown(
-        ("method", "scales", "Obj-IoU", "Func-IoU", "F1-IoU", "F1 over one-scale TAM, 95 % interval"),
-        (
-            (*name.split(" ", 1), *_scores(chosen[name]), _interval(chosen[name]["gain_over_one_scale_tam"]))
-            for name in IN_SHORT
-        ),
+    return (
+        f"{header['model']}: {header['scenes']} held-out scenes, {first['n_nouns']} nouns, {first['n_functions']} function "
+        f"words, {first['n_dropped']} dropped; {header['hidden_words']} words judged by hiding patches. Intervals are "
+        f"{header['interval']}.\n\nOver one-scale TAM as published:\n\n{methods}\n\nOver the base, "
+        f"`{header['base']['method']}` at scales {_plain(header['base']['scales'])}:\n\n{changes}\n\n"
+        f"Deletion / insertion without a method: {controls}."
     )
 
 
@@ -245,10 +240,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scores(row: Row) -> tuple[str, str, str]:
-    return f"{row['obj']:.3f}", f"{row['func']:.3f}", f"{row['f1']:.3f}"
-
-
 def _interval(gain: Row) -> str:
     return f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
@@ -284,8 +275,8 @@ def _plain(value: object) -> str:
 
 
 TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
-    ("ablation in short", "ablation", ablation_summary),
-    ("ablation", "ablation", ablation_table),
+    ("choices of the method, shapes", "sweep_shapes", sweep_table),
+    ("choices of the method, the control", "sweep_control", sweep_table),
     ("post-processing", "postprocessing", postprocessing_table),
     ("post-processing by stage", "postprocessing", postprocessing_stages),
     ("how it grows", "suite", suite_table),

@@ -31,7 +31,7 @@ MAX_REGIONS = 32
 
 @dataclass(frozen=True)
 class AttributionConfig:
-    """Every choice the method leaves open. Defaults follow from `benchmarks/results/ablation.jsonl`.
+    """Every choice the method leaves open. Defaults follow from `benchmarks/results/sweep_*.jsonl`.
 
     Attributes:
         method: `lens` (activation alone), `tam` (interference weighted by activation) or `arc`

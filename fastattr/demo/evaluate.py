@@ -19,7 +19,7 @@ from fastattr.adapters import Model, encode, encode_response, generate, load, re
 from fastattr.demo import scenes
 from fastattr.images import Visual
 
-FIRST_SEED = scenes.HELD_OUT + 10_000_000  # apart from those of the ablation
+FIRST_SEED = scenes.HELD_OUT + 10_000_000  # apart from those of the sweep
 
 
 def content_word_accuracy(model: Model, seeds: range, scale: float) -> dict[str, float]:
