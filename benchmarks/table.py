@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.record import RESULTS, read_jsonl
+from benchmarks.rival_report import rivals_table
+from benchmarks.sanity import sanity_table
 
 Row = Mapping[str, Any]
 
@@ -277,6 +279,8 @@ def _plain(value: object) -> str:
 TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
     ("choices of the method, shapes", "sweep_shapes", sweep_table),
     ("choices of the method, the control", "sweep_control", sweep_table),
+    ("rivals", "rivals", rivals_table),
+    ("sanity", "sanity", sanity_table),
     ("post-processing", "postprocessing", postprocessing_table),
     ("post-processing by stage", "postprocessing", postprocessing_stages),
     ("how it grows", "suite", suite_table),

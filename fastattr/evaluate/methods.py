@@ -8,12 +8,15 @@ from dataclasses import replace
 from fastattr.errors import InputError
 from fastattr.types import AttributionConfig
 
-# lens and TAM as they are published: one scale, TAM's filter whatever the grid. ARC is MSEA + ARC with the defaults
+# lens and TAM as they are published: one scale, TAM's filter whatever the grid. ARC is MSEA + ARC with the defaults.
+# The best is ours, chosen by `benchmarks/results/sweep_*.jsonl` for maps that are right and needed both
 METHODS: Mapping[str, AttributionConfig] = {
     "lens": AttributionConfig(method="lens", scales=(1.0,), filter=False, evidence=False),
     "tam": AttributionConfig(method="tam", scales=(1.0,), filter=True, evidence=False),
     "arc": AttributionConfig(method="arc", evidence=False),
-    "best": AttributionConfig(method="arc", context="prompt", scale_mean="geometric", regions=6, evidence=False),
+    "best": AttributionConfig(
+        method="arc", scales=(1.0, 2.0, 3.0), scale_mean="geometric", context="prompt", regions=6, evidence=False
+    ),
 }
 
 
