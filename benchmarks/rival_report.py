@@ -14,8 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.plots import FAINT, INK, STYLE
-from benchmarks.table import markdown
 from fastattr.evaluate.judging import RANDOM
+from fastattr.evaluate.tables import markdown
 
 Row = Mapping[str, Any]
 

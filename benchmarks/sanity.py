@@ -374,7 +374,7 @@ def run(n: int) -> list[dict[str, Any]]:
 
 def sanity_table(header: Row, rows: Sequence[Row]) -> str:
     """Rank correlations with the maps of the trained model and the unchanged picture."""
-    from benchmarks.table import markdown  # which lists this table
+    from fastattr.evaluate.tables import markdown
 
     methods = list(header["methods"])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_table
 from benchmarks.sanity import sanity_table
+from fastattr.evaluate.tables import markdown
 
 Row = Mapping[str, Any]
 
@@ -234,12 +235,6 @@ def static_table(header: Row, rows: Sequence[Row]) -> str:
 
 
 SIZES = ("n_targets", "n_image", "vocab", "k", "n_scales")
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _interval(gain: Row) -> str:
