@@ -261,7 +261,7 @@ def test_maps_follow_the_model_and_not_the_noise(scenes: list[list[Compared]]) -
             for each, other in zip(*scenes, strict=True)
             if each.method == method
         }
-        assert mean[f"noise of {sanity.NOISE:g} levels"] > 0.9
+        assert mean[f"noise of {sanity.NOISE:g} levels"] > 0.8
         assert mean[HEAD] < 0.5
 
 
