@@ -273,7 +273,7 @@ def model(bench: Bench) -> Iterator[Row]:
     readings = [adapters.replay(loaded, each, response) for each in encoded]
 
     def explain(backend: Literal["torch", "triton"]) -> list[Tensor]:
-        found = explain_states(readings, loaded.head, AttributionConfig(scales=scales, backend=backend))
+        found = explain_states(readings, loaded.head, AttributionConfig(scales=scales, filter=True, backend=backend))
         return [*found.image, found.context]
 
     shape = {"targets": len(response), "scales": len(scales)}
@@ -422,7 +422,7 @@ def post_processing(bench: Bench) -> tuple[Call, Callable[[torch.Generator], Inp
         return hidden, weight, torch.randint(bench.vocab, (stop,), generator=generator, device=bench.device)
 
     def explain(hidden: Tensor, weight: Tensor, ids: Tensor, *, backend: Literal["torch", "triton"]) -> list[Tensor]:
-        config = AttributionConfig(method="arc", scales=(1.0,), top_k=bench.k, backend=backend)
+        config = AttributionConfig(method="arc", scales=(1.0,), top_k=bench.k, filter=True, backend=backend)
         found = explain_states([ScaleStates(hidden, ids, layout)], OutputHead(weight), config)
         assert found.relevance is not None
         return [*found.image, found.context, found.relevance]

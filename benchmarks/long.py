@@ -45,7 +45,9 @@ def timed(case: Case) -> Callable[[], float]:
 def explain(case: Case) -> Callable[[], object]:
     """ARC on the states of a case, which are made here."""
     readings, head = case.states()
-    config = AttributionConfig(method="arc", scales=case.scales, top_k=TOP_K, rbo_p=PERSISTENCE, evidence=False)
+    config = AttributionConfig(
+        method="arc", scales=case.scales, top_k=TOP_K, rbo_p=PERSISTENCE, filter=True, evidence=False
+    )
     return partial(explain_states, readings, head, config)
 
 

@@ -158,6 +158,7 @@ def run_engine(readings: Sequence[ScaleStates], head: OutputHead, method: Method
         scales=tuple(reading.scale for reading in readings),
         top_k=k,
         rbo_p=PERSISTENCE,
+        filter=True,
         evidence=False,
     )
     spent_s = {PRODUCTS: 0.0}
