@@ -32,6 +32,7 @@ class MethodName(str, Enum):
     lens = "lens"
     tam = "tam"
     arc = "arc"
+    best = "best"
 
 
 class FillName(str, Enum):
@@ -82,7 +83,9 @@ def explain(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     method: Annotated[
         list[MethodName] | None,
-        typer.Option("--method", "--methods", help="May be given several times; the first is shown."),
+        typer.Option(
+            "--method", "--methods", help="May be given several times; the first is shown. best has own scales."
+        ),
     ] = None,
     scales: Annotated[str, typer.Option(help="Image sizes relative to the model's own, comma-separated.")] = "1,1.5,2",
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
@@ -234,8 +237,7 @@ def _explain(
                 images,
                 prompt,
                 answer,
-                method=method.value,
-                scales=scales,
+                **_method(method, scales),
                 max_new_tokens=max_new_tokens,
                 backend=backend.value,
             )
@@ -246,6 +248,16 @@ def _explain(
     _print(explained, out, as_json)
     if open_browser:
         webbrowser.open(out.resolve().as_uri())
+
+
+def _method(method: MethodName, scales: tuple[float, ...]) -> dict[str, Any]:
+    """What `attribute` is asked for; `best` has its own scales."""
+    if method is not MethodName.best:
+        return {"method": method.value, "scales": scales}
+    from fastattr.evaluate import METHODS
+
+    best = METHODS["best"]
+    return {name: getattr(best, name) for name in ("method", "scales", "scale_mean", "context", "regions")}
 
 
 def _cores() -> int:

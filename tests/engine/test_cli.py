@@ -47,6 +47,17 @@ def test_demo_writes_a_report_and_names_what_it_sees(
     assert "<html" in out.read_text()
 
 
+def test_the_best_method_brings_its_own_scales(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.safetensors"
+    words = ("explain", picture, "--response", "A red circle.", "--method", "best", "--scales", "1", "--out", out)
+    assert run(monkeypatch, *words, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["scales"] == [1.0, 2.0, 3.0]
+    config = fastattr.Attribution.load(out).config
+    assert (config.method, config.scale_mean, config.regions) == ("arc", "geometric", 6)
+
+
 @pytest.mark.parametrize("suffix", ["html", "safetensors", "png", "json"])
 def test_explain_writes_every_format(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str
