@@ -79,6 +79,26 @@ def rivals_table(header: Row, rows: Sequence[Row]) -> str:
     )
 
 
+def rivals_summary(header: Row, rows: Sequence[Row]) -> str:
+    """What a reader wants first: how right, how much needed, at what price."""
+    return markdown(
+        ("method", "F1-IoU", "pointing", "deletion", "insertion", "CPU time a token"),
+        (
+            (
+                row["method"],
+                *(f"{row[figure]:.3f}" if figure in row else "" for figure in ("f1", "pointing")),
+                *(_mean(row[figure]) for figure in ("deletion", "insertion")),
+                f"{row['cpu_s_per_token'] * 1e3:.3g} ms" if "cpu_s_per_token" in row else "",
+            )
+            for row in rows
+        ),
+    )
+
+
+def _mean(value: Row) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
 def draw(header: Row, rows: Sequence[Row], path: Path) -> Path:
     """Deletion against insertion, a point a method with the 95 % intervals of both means: all, and the good corner."""
     chance = next(row for row in rows if row["method"] == RANDOM)

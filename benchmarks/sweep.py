@@ -50,7 +50,7 @@ BEST_CHANGES: Mapping[str, Sequence[Any]] = {
     "scale_mean": ("arithmetic",),
     "context": ("all",),
     "method": ("lens",),
-    "scales": (THREE,),
+    "scales": (LARGE,),
     "layer": (-2, -3),
     "regions": (0, 4, 8),
 }
@@ -167,8 +167,8 @@ def sweep(model: str, n: int, n_hidden: int, workers: int) -> list[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes", help="a bundled model or a local directory")
-    parser.add_argument("--n", type=int, default=100, help="scenes judged by masks")
-    parser.add_argument("--n-hidden", type=int, default=50, help="scenes judged by hiding patches, a word each")
+    parser.add_argument("--n", type=int, default=60, help="scenes judged by masks")
+    parser.add_argument("--n-hidden", type=int, default=40, help="scenes judged by hiding patches, a word each")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="2 scenes, prints the table, writes nothing")

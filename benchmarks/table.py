@@ -8,7 +8,18 @@ from typing import Any
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_table
 from benchmarks.sanity import sanity_table
-from fastattr.evaluate.tables import markdown
+from fastattr.evaluate import Results
+from fastattr.evaluate.tables import (
+    COMBINED,
+    EVIDENCE,
+    LOG_PROB,
+    POSITION,
+    interval,
+    markdown,
+    tellings,
+    words_of,
+)
+from fastattr.metrics import Interval
 
 Row = Mapping[str, Any]
 
@@ -55,6 +66,39 @@ def sweep_table(header: Row, rows: Sequence[Row]) -> str:
         f"`{header['base']['method']}` at scales {_plain(header['base']['scales'])}:\n\n{changes}\n\n"
         f"Deletion / insertion without a method: {controls}."
     )
+
+
+def inventions_summary(every: Sequence[Results]) -> str:
+    """Telling invented words from true ones within position bins: what costs nothing, evidence, and both combined."""
+    rows = []
+    for results in every:
+        words = words_of(results)
+        found = {each.score: each for each in tellings(words)}
+        best = max((each for each in found.values() if "(" in each.score), key=lambda each: each.within.mean)
+        rows.append(
+            (
+                results.header["dataset"],
+                f"{int((~words.true).sum())} of {len(words.true):,}",
+                *(_level(found[name].within) for name in (POSITION, LOG_PROB, EVIDENCE, COMBINED)),
+                interval(found[COMBINED].over_log_prob),
+                f"{best.score} {best.within.mean:.3f}",
+            )
+        )
+    head = (
+        "words",
+        "invented",
+        POSITION,
+        LOG_PROB,
+        EVIDENCE,
+        COMBINED,
+        f"{COMBINED} over {LOG_PROB}",
+        "best map descriptor",
+    )
+    return markdown(head, rows)
+
+
+def _level(value: Interval) -> str:
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def postprocessing_table(header: Row, rows: Sequence[Row]) -> str:

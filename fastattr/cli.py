@@ -66,7 +66,7 @@ def demo(
         prompt="Describe the image.",
         response=None,
         model_name="shapes",
-        methods=[MethodName.arc, MethodName.tam, MethodName.lens],
+        methods=[MethodName.best, MethodName.arc, MethodName.tam, MethodName.lens],
         scales=(1.0, 1.5, 2.0),
         out=out,
         max_new_tokens=128,
@@ -83,9 +83,7 @@ def explain(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     method: Annotated[
         list[MethodName] | None,
-        typer.Option(
-            "--method", "--methods", help="May be given several times; the first is shown. best has own scales."
-        ),
+        typer.Option("--method", "--methods", help="May be given several times; the first is shown."),
     ] = None,
     scales: Annotated[str, typer.Option(help="Image sizes relative to the model's own, comma-separated.")] = "1,1.5,2",
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
@@ -237,7 +235,8 @@ def _explain(
                 images,
                 prompt,
                 answer,
-                **_method(method, scales),
+                scales=scales,
+                **_method(method),
                 max_new_tokens=max_new_tokens,
                 backend=backend.value,
             )
@@ -250,14 +249,14 @@ def _explain(
         webbrowser.open(out.resolve().as_uri())
 
 
-def _method(method: MethodName, scales: tuple[float, ...]) -> dict[str, Any]:
-    """What `attribute` is asked for; `best` has its own scales."""
+def _method(method: MethodName) -> dict[str, Any]:
+    """What `attribute` is asked for."""
     if method is not MethodName.best:
-        return {"method": method.value, "scales": scales}
+        return {"method": method.value}
     from fastattr.evaluate import METHODS
 
     best = METHODS["best"]
-    return {name: getattr(best, name) for name in ("method", "scales", "scale_mean", "context", "regions")}
+    return {name: getattr(best, name) for name in ("method", "scale_mean", "context", "regions")}
 
 
 def _cores() -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fastattr.types import Box, Grid
 
-SLIGHT_NATS = 0.1  # a word that no window moves by this much is dimmed in proportion
+SLIGHT_NATS = 0.1  # a word that no window moves by this much is weighed the less
 DARK = 0.01  # of the highest value, counts as dark on either side, as in `msea`
 
 
@@ -53,10 +53,11 @@ def spread(falls: Tensor, grid: Grid) -> Tensor:
 
 
 def weigh(image: Sequence[Tensor], falls: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Maps in the geometric mean's sense with what the words fall with: lit where both are.
+    """Maps brought together with what the words fall with, in the geometric mean's sense: lit where both are.
 
-    A target keeps its peak, so that a word that looks at nothing stays dark beside the context. One that no window
-    moves by `SLIGHT_NATS` is dimmed: the picture does not matter to it.
+    A target keeps its peak, so that a word that looks at nothing stays dark beside the context. The falls say less the
+    smaller they are: a word that stays as likely whatever window is hidden keeps its map, since it may well be seen in
+    two places.
 
     Args:
         image: for each image `[target t h w]` in [0, 1].
@@ -66,11 +67,11 @@ def weigh(image: Sequence[Tensor], falls: Sequence[Tensor]) -> tuple[Tensor, ...
         for each image `[target t h w]` in [0, 1].
     """
     peak, fall = _highest(image), _highest(falls)
-    lit = (peak > 0) & (fall > 0)
-    light, drop = (torch.where(lit, each, 1.0)[:, None, None, None] for each in (peak, fall))
+    light = torch.where(peak > 0, peak, 1.0)[:, None, None, None]
+    drop = fall.clamp(min=SLIGHT_NATS)[:, None, None, None]
     both = [(maps / light + DARK) * (nats / drop + DARK) - DARK**2 for maps, nats in zip(image, falls, strict=True)]
     top = _highest(both)
-    strength = torch.where(lit, peak * (fall / SLIGHT_NATS).clamp(max=1.0) / torch.where(lit, top, 1.0), 0.0)
+    strength = torch.where((peak > 0) & (top > 0), peak / torch.where(top > 0, top, 1.0), 0.0)
     return tuple((maps * strength[:, None, None, None]).clamp(0.0, 1.0) for maps in both)
 
 

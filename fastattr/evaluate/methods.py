@@ -14,9 +14,7 @@ METHODS: Mapping[str, AttributionConfig] = {
     "lens": AttributionConfig(method="lens", scales=(1.0,), filter=False, evidence=False),
     "tam": AttributionConfig(method="tam", scales=(1.0,), filter=True, evidence=False),
     "arc": AttributionConfig(method="arc", evidence=False),
-    "best": AttributionConfig(
-        method="arc", scales=(1.0, 2.0, 3.0), scale_mean="geometric", context="prompt", regions=6, evidence=False
-    ),
+    "best": AttributionConfig(method="arc", scale_mean="geometric", context="prompt", regions=6, evidence=False),
 }
 
 

@@ -40,20 +40,23 @@ def test_demo_writes_a_report_and_names_what_it_sees(
     out = tmp_path / "demo.html"
     assert run(monkeypatch, "demo", "--out", out, "--seed", SEED, "--no-open") == 0
     shown, progress = capsys.readouterr()
-    assert progress.splitlines() == ["loading shapes", "explaining (arc)", "explaining (tam)", "explaining (lens)"]
+    assert progress.splitlines() == [
+        "loading shapes",
+        *(f"explaining ({name})" for name in ("best", "arc", "tam", "lens")),
+    ]
     truth = scenes.make_scene(SEED).objects
     assert any(item.shape in shown for item in truth)
     assert str(out) in shown
     assert "<html" in out.read_text()
 
 
-def test_the_best_method_brings_its_own_scales(
+def test_the_best_method_is_asked_for_by_name(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "x.safetensors"
-    words = ("explain", picture, "--response", "A red circle.", "--method", "best", "--scales", "1", "--out", out)
+    words = ("explain", picture, "--response", "A red circle.", "--method", "best", "--scales", "1,2", "--out", out)
     assert run(monkeypatch, *words, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["scales"] == [1.0, 2.0, 3.0]
+    assert json.loads(capsys.readouterr().out)["scales"] == [1.0, 2.0]
     config = fastattr.Attribution.load(out).config
     assert (config.method, config.scale_mean, config.regions) == ("arc", "geometric", 6)
 

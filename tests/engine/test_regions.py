@@ -50,16 +50,22 @@ def test_a_cell_has_the_mean_of_the_windows_that_hide_it(n: int, seed: int) -> N
 
 
 def test_maps_are_lit_where_the_word_falls() -> None:
-    maps = torch.tensor([[[[0.8, 0.8, 0.0]]], [[[0.8, 0.8, 0.0]]], [[[0.8, 0.8, 0.0]]], [[[0.0, 0.0, 0.0]]]])
+    maps = torch.tensor([[[[0.8, 0.8, 0.4]]]] * 3 + [[[[0.0, 0.0, 0.0]]]])
     falls = torch.tensor([[[[4.0, 0.0, 4.0]]], [[[0.0, 0.0, 0.0]]], [[[0.05, 0.0, 0.0]]], [[[4.0, 0.0, 0.0]]]])
     (weighed,) = weigh([maps], [falls])
-    first = weighed[0].flatten().tolist()
-    whole = (1 + DARK) ** 2 - DARK**2
-    # the peak stays; where only one of the two is lit, a hundredth of it is left
-    assert first[0] == pytest.approx(0.8)
-    assert first[1] == first[2] == pytest.approx(0.8 * DARK / whole, rel=1e-4)
-    assert weighed[1].max() == 0  # no window matters to it
-    assert weighed[2].max() == pytest.approx(0.8 * 0.05 / SLIGHT_NATS)
+
+    def both(light: float, fall: float) -> float:
+        return (light + DARK) * (fall + DARK) - DARK**2
+
+    # the peak stays; where the word does not fall, about a hundredth is left
+    expected = [0.8 * both(light, fall) / both(1, 1) for light, fall in ((1, 1), (1, 0), (0.5, 1))]
+    assert weighed[0].flatten().tolist() == pytest.approx(expected, rel=1e-4)
+    # no window matters to it: the map stays
+    torch.testing.assert_close(weighed[1], maps[1])
+    # a slight fall weighs by what it is of SLIGHT_NATS
+    slight = 0.05 / SLIGHT_NATS
+    expected = [0.8 * both(light, fall) / both(1, slight) for light, fall in ((1, slight), (1, 0), (0.5, 0))]
+    assert weighed[2].flatten().tolist() == pytest.approx(expected, rel=1e-4)
     assert weighed[3].max() == 0  # nothing was lit
 
 
