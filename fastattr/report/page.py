@@ -250,14 +250,15 @@ def _settings(attribution: Attribution) -> list[tuple[str, str]]:
 
 
 def _labels(attributions: Sequence[Attribution]) -> list[str]:
-    """Method and scales, and whatever else of the settings tells these attributions apart."""
+    """Method and scales, and what else tells these attributions apart, where it is not the default."""
     configs = [a.config for a in attributions]
-    others = [f.name for f in dataclasses.fields(AttributionConfig) if f.name not in ("method", "scales")]
-    differing = [name for name in others if len({getattr(config, name) for config in configs}) > 1]
+    others = [f for f in dataclasses.fields(AttributionConfig) if f.name not in ("method", "scales")]
+    differing = [f for f in others if len({getattr(config, f.name) for config in configs}) > 1]
     labels = []
     for config in configs:
         scales = ", ".join(f"{scale:g}×" for scale in config.scales)
-        extra = "".join(f", {name} {_written(getattr(config, name))}" for name in differing)
+        chosen = [(f.name, getattr(config, f.name)) for f in differing if getattr(config, f.name) != f.default]
+        extra = "".join(f", {name.replace('_', ' ')} {_written(value)}" for name, value in chosen)
         labels.append(f"{config.method.upper()} {scales}{extra}")
     return labels
 

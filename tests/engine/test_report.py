@@ -197,11 +197,17 @@ def test_the_switch_names_what_differs(tmp_path: Path) -> None:
     configs = [
         AttributionConfig(filter=True),
         AttributionConfig(method="tam", scales=(1.0,), filter=True),
-        AttributionConfig(filter=False),
+        AttributionConfig(filter=False, scale_mean="geometric"),
+        AttributionConfig(),
     ]
     page = write_html([synthetic(config=config) for config in configs], tmp_path / "x.html").read_text()
     labels = [view["label"] for view in payload_of(page)["views"]]
-    assert labels == ["ARC 1×, 1.5×, 2×, filter yes", "TAM 1×, filter yes", "ARC 1×, 1.5×, 2×, filter no"]
+    assert labels == [
+        "ARC 1×, 1.5×, 2×, filter yes",
+        "TAM 1×, filter yes",
+        "ARC 1×, 1.5×, 2×, scale mean geometric, filter no",
+        "ARC 1×, 1.5×, 2×",
+    ]
 
 
 def test_attributions_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
