@@ -93,8 +93,10 @@ class Calibration:
 def calibrate(
     evidence: np.ndarray, true: np.ndarray, *, words: str, dataset: str, model: str, false_alarms: float = 0.05
 ) -> Calibration:
-    """The largest threshold that marks at most a given share of the true words.
+    """The largest threshold, in whole hundredths of a nat, that marks at most a given share of the true words.
 
+    Evidence is a difference of two log-probabilities; below a hundredth it is their rounding. Where the text leaves no
+    choice it is 0 but for that, and a threshold in between would mark words by chance.
     Words that tie with the threshold are not marked, so that where many true words tie, fewer are marked than allowed.
 
     Args:
@@ -125,7 +127,8 @@ def calibrate(
             "by what it does to each"
         )
     allowed = int(np.searchsorted(np.arange(1, len(known) + 1) / len(known), false_alarms, side="right"))
-    threshold = known[allowed]  # the lowest that must stay unmarked
+    # the lowest that must stay unmarked, down to whole hundredths
+    threshold = math.floor(known[allowed] * 100 + 1e-9) / 100
     return Calibration(
         float(threshold),
         n_true=len(known),

@@ -31,7 +31,7 @@ class Telling:
     """How well a score tells true words from invented ones.
 
     Attributes:
-        score: its name; a minus sign in front where lower values speak for a true word.
+        score: its name. An AUROC below a half says that lower values speak for a true word.
         auroc: over all pairs.
         within: AUROC over the pairs of words at like positions, with its interval.
         precision: average precision at finding the invented words.
@@ -157,7 +157,7 @@ class Words:
         picture: int `[word]`; words of one picture are not independent and are drawn together.
         position: int `[word]`.
         kind: `[word]`.
-        scores: by name `[word]`, each higher for words that should be true; see `Telling.score`.
+        scores: by name `[word]`, see `Telling.score`.
     """
 
     true: np.ndarray
@@ -189,8 +189,7 @@ def words_of(results: Results) -> Words:
     for method, described in said[0][1].descriptors.items():
         for name in described:
             values = np.array([word.descriptors[method][name] for _, word in said])
-            wide = name in ("entropy", "area")  # a word that was seen has a narrow map
-            scores[f"{'-' if wide else ''}{name} ({method})"] = -values if wide else values
+            scores[f"{name} ({method})"] = values
     return Words(
         np.array([word.true for _, word in said]),
         np.unique([picture for picture, _ in said], return_inverse=True)[1],

@@ -59,6 +59,10 @@ def test_a_threshold_by_hand() -> None:
     invented = np.array([-3.0, 0.25, 0.5, 6.0])
     found = calibrate(np.append(true, invented), np.arange(24) < 20, **NAMES)
     assert found == Calibration(0.5, n_true=20, n_false=4, true_marked=1, false_marked=2, **NAMES)
+    # rounding around 0 is no evidence: the threshold is below it
+    noise = np.append(np.full(20, 3e-6), np.full(20, -2e-6))
+    sparing = calibrate(np.append(noise, [-1.0, -2e-6]), np.arange(42) < 40, **NAMES)
+    assert (sparing.threshold_nats, sparing.true_marked, sparing.false_marked) == (-0.01, 0, 1)
     # three true words tie at the threshold, so none of them is marked
     tied = calibrate(np.array([1.0, 1.0, 1.0, 2.0, 0.0]), np.arange(5) < 4, false_alarms=0.5, **NAMES)
     assert (tied.threshold_nats, tied.true_marked, tied.false_marked) == (1.0, 0, 1)
