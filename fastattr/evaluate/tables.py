@@ -23,7 +23,9 @@ from fastattr.metrics.invention import (
 )
 
 HIDING_SCORES = ("deletion_auc", "insertion_auc", "sufficiency", "necessity")
-LOG_PROB, EVIDENCE, COMBINED, POSITION, AGREEMENT = "log-probability", "evidence", "combined", "position", "agreement"
+LOG_PROB, EVIDENCE, POSITION, AGREEMENT = "log-probability", "evidence", "position", "agreement"
+COMBINED, COMBINED_WORST = "combined", "combined at the worst scale"
+FLOOR = 1e-12  # of agreement, whose logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,15 @@ def words_of(results: Results) -> Words:
     evidence = np.array([word.evidence for _, word in said])
     log_prob = np.array([word.log_prob for _, word in said])
     position = np.array([word.position for _, word in said])
+    agreement = np.array([word.agreement for _, word in said])
+    worst = np.log(np.maximum(agreement, FLOOR))  # what the word loses where the model says it least
     scores = {
         LOG_PROB: log_prob,
         EVIDENCE: evidence,
         COMBINED: combine(evidence, log_prob),
+        COMBINED_WORST: combine(evidence + worst, log_prob + worst),
         POSITION: position.astype(float),
-        AGREEMENT: np.array([word.agreement for _, word in said]),
+        AGREEMENT: agreement,
     }
     for method, described in said[0][1].descriptors.items():
         for name in described:
@@ -245,7 +250,7 @@ def invention_table(results: Results) -> str:
 def kinds_table(results: Results) -> str:
     """The same within position bins for each kind of word, the scores that do not depend on maps."""
     words = words_of(results)
-    shown = (POSITION, LOG_PROB, EVIDENCE, COMBINED)
+    shown = (POSITION, LOG_PROB, EVIDENCE, COMBINED, AGREEMENT, COMBINED_WORST)
     rows = []
     for kind in sorted(set(words.kind.tolist())):
         mine = words.of_kind(kind)

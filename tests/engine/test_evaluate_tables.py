@@ -108,6 +108,19 @@ def test_a_score_that_tells_and_one_that_does_not() -> None:
     assert cells(tables.kinds_table(made), "color")[1] == "5 of 15"
 
 
+def test_a_word_that_another_scale_does_not_say_is_suspect() -> None:
+    """Both words are as likely with the picture as without; only at another scale is the invented one unlikely."""
+    true, invented = said(True, -0.1, 0.0), replace(said(False, -0.1, 0.0), agreement=0.01)
+    telling = {
+        each.score: each
+        for each in tables.tellings(
+            tables.words_of(results(*(judgement(str(i), {"tam": 0.5}, (true, invented)) for i in range(3))))
+        )
+    }
+    assert telling[tables.COMBINED].auroc == 0.5
+    assert telling[tables.AGREEMENT].auroc == telling[tables.COMBINED_WORST].auroc == 1.0
+
+
 def test_only_words_at_like_positions_are_compared() -> None:
     """The score is the position, and invented words come late: it tells all across positions, nothing within."""
     rows = [
