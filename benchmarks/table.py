@@ -89,16 +89,7 @@ def inventions_summary(every: Sequence[Results]) -> str:
                 f"{best.score} {best.within.mean:.3f}",
             )
         )
-    head = (
-        "words",
-        "invented",
-        POSITION,
-        LOG_PROB,
-        EVIDENCE,
-        COMBINED,
-        f"{COMBINED} over {LOG_PROB}",
-        "best map descriptor",
-    )
+    head = ("words", "invented", *INVENTION_SCORES, "the last over log-probability", "best map descriptor")
     return markdown(head, rows)
 
 
