@@ -27,7 +27,6 @@ from fastattr.evaluate.tables import hiding_gain, hiding_mean, plausibility_gain
 from fastattr.metrics import Interval, pool
 from fastattr.types import AttributionConfig, Method
 
-TAM = "tam 1, as published"
 BASE = METHODS["arc"]
 BEST = METHODS["best"]
 
@@ -43,7 +42,7 @@ CHANGES: Mapping[str, Sequence[Any]] = {
     "top_k": (5, 10, 20, 100, 200),
     "rbo_p": (0.5, 0.7, 0.8, 0.95, 0.98),
     "layer": (-2, -3),
-    "filter": (True,),
+    "filter": (None,),
     "regions": (6,),
 }
 BEST_CHANGES: Mapping[str, Sequence[Any]] = {
@@ -53,6 +52,7 @@ BEST_CHANGES: Mapping[str, Sequence[Any]] = {
     "scales": (LARGE,),
     "layer": (-2, -3),
     "regions": (0, 4, 8),
+    "filter": (True,),
 }
 
 
@@ -71,8 +71,7 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Methods at scales, one change at a time to the base, then to the best."""
-    listed = [Variant("method x scales", TAM, METHODS["tam"])]
-    listed += [
+    listed = [
         Variant("method x scales", f"{method} {label(scales)}", replace(BASE, method=method, scales=scales))
         for scales, method in product(((1.0,), (2.0,), THREE, LARGE), EVERY)
     ]
@@ -167,7 +166,7 @@ def sweep(model: str, n: int, n_hidden: int, workers: int) -> list[dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="shapes", help="a bundled model or a local directory")
-    parser.add_argument("--n", type=int, default=60, help="scenes judged by masks")
+    parser.add_argument("--n", type=int, default=40, help="scenes judged by masks")
     parser.add_argument("--n-hidden", type=int, default=40, help="scenes judged by hiding patches, a word each")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.record import machine, read_jsonl, write_jsonl
-from benchmarks.sweep import BASE, BEST, TAM, rows, variants
+from benchmarks.sweep import BASE, BEST, rows, variants
 from benchmarks.table import sweep_table
 from fastattr.evaluate import METHODS, Hiding, Judgement, Results
 from fastattr.metrics import Plausibility
@@ -35,7 +35,7 @@ def test_rows_survive_the_file_and_the_table_shows_them(tmp_path: Path) -> None:
     listed = variants()
 
     def judgement(id: int) -> Judgement:
-        better = {TAM: 0.25, "arc 1 1.5 2": 0.5}
+        better = {"tam 1": 0.25, "arc 1 1.5 2": 0.5}
         scores = {v.name: Plausibility(better.get(v.value, 0.75), 1.0, 0.0, 2, 3, 0, *[0.5] * 5) for v in listed}
         hidings = tuple(
             Hiding(name, "red", "color", (1.0, 0.0), (0.0, 1.0), 0.25 if "aggregate" in name else 0.5, 0.75, -1.0, 1.0)
@@ -60,4 +60,5 @@ def test_rows_survive_the_file_and_the_table_shows_them(tmp_path: Path) -> None:
     assert "| 0.250 | 0.750 | +0.190 [+0.190, +0.190] | -0.250 [-0.250, -0.250] | +0.000 [+0.000, +0.000] |" in after
     assert "random 0.500 / 0.750; mask 0.500 / 0.750" in table
     assert [row["value"] for row in found if row["factor"] == "control"] == ["random", "mask"]
-    assert found[0]["over_tam"]["f1"]["mean"] == pytest.approx(0.0)
+    (tam,) = [row for row in found if row["value"] == "tam 1"]
+    assert tam["over_tam"]["f1"]["mean"] == pytest.approx(0.0)

@@ -256,7 +256,7 @@ def _method(method: MethodName) -> dict[str, Any]:
     from fastattr.evaluate import METHODS
 
     best = METHODS["best"]
-    return {name: getattr(best, name) for name in ("method", "scale_mean", "context", "regions")}
+    return {name: getattr(best, name) for name in ("method", "scale_mean", "context", "filter", "regions")}
 
 
 def _cores() -> int:

@@ -43,7 +43,7 @@ def attribute(
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
     layer: int = -1,
-    filter: bool | None = None,
+    filter: bool | None = True,
     regions: int = 0,
     evidence: bool = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
@@ -131,7 +131,7 @@ def attribute_states(
     rbo_p: float = 0.9,
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
-    filter: bool | None = None,
+    filter: bool | None = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
     tokenizer: Any = None,
     image: ImageLike | Sequence[ImageLike] | None = None,
@@ -200,7 +200,7 @@ def attribute_captured(
     rbo_p: float = 0.9,
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
-    filter: bool | None = None,
+    filter: bool | None = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Attribution:
     """Explain what a captured `generate` returned, at the one scale the model saw, without another forward.

@@ -50,8 +50,8 @@ class AttributionConfig:
             evidence) are always the model's own.
         regions: our own; weigh the maps by what the words fall with when windows of an `n x n` partition of the picture
             are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards an image.
-        filter: apply the rank-Gaussian filter; None applies it where a grid is at least 16 cells high and wide, since
-            a window of 3 x 3 takes small things off a coarser one.
+        filter: apply the rank-Gaussian filter; None leaves it out where a grid has fewer than 16 cells a side, where it
+            takes small things away (and, with `context="all"`, what interference removal leaves in tatters).
         evidence: run one more forward with the image blanked to middle grey.
         compat: `"tam"` reproduces the reference TAM with its quirks.
         backend: `auto` runs Triton kernels on a GPU and torch elsewhere; `triton` or `torch` run or explain.
@@ -68,7 +68,7 @@ class AttributionConfig:
     arc_weight: Literal["product", "relevance"] = "product"
     context: Literal["all", "prompt", "response"] = "all"
     layer: int = -1
-    filter: bool | None = None
+    filter: bool | None = True
     regions: int = 0
     evidence: bool = True
     compat: Literal["tam"] | None = None

@@ -8,13 +8,15 @@ from dataclasses import replace
 from fastattr.errors import InputError
 from fastattr.types import AttributionConfig
 
-# lens and TAM as they are published: one scale, TAM's filter whatever the grid. ARC is MSEA + ARC with the defaults.
+# lens and TAM as they are published, at one scale; ARC is MSEA + ARC with the defaults.
 # The best is ours, chosen by `benchmarks/results/sweep_*.jsonl` for maps that are right and needed both
 METHODS: Mapping[str, AttributionConfig] = {
     "lens": AttributionConfig(method="lens", scales=(1.0,), filter=False, evidence=False),
-    "tam": AttributionConfig(method="tam", scales=(1.0,), filter=True, evidence=False),
+    "tam": AttributionConfig(method="tam", scales=(1.0,), evidence=False),
     "arc": AttributionConfig(method="arc", evidence=False),
-    "best": AttributionConfig(method="arc", scale_mean="geometric", context="prompt", regions=6, evidence=False),
+    "best": AttributionConfig(
+        method="arc", scale_mean="geometric", context="prompt", filter=None, regions=6, evidence=False
+    ),
 }
 
 

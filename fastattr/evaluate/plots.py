@@ -75,8 +75,9 @@ def _curves(results: Results) -> Figure:
             axes.plot(
                 np.linspace(0, 1, len(mean)), mean, color="#999999", ls=":" if name == RANDOM else "--", label=name
             )
-        for name, color in zip(_methods(results), PALETTE, strict=False):
+        for name in _methods(results):
             mean = mean_curve(results, name, of)
+            color = _color(_methods(results), name)
             axes.plot(np.linspace(0, 1, len(mean)), mean, color=color, label=name, lw=1.8)
         axes.set_title(title)
         axes.set_ylim(0, 1.02)
@@ -106,7 +107,7 @@ def _gains(results: Results) -> Figure:
         squeeze=False,
     )
     for panel, (title, gains) in zip(axes[0], panels, strict=True):
-        _bars(panel, others, gains)
+        _bars(panel, others, gains, [_color(_methods(results), name) for name in others])
         panel.set_title(title)
     figure.supxlabel(f"difference to {base}, 95 % interval; {_base(results)}", fontsize=9, color=INK)
     return figure
@@ -115,17 +116,20 @@ def _gains(results: Results) -> Figure:
 def _inventions(results: Results) -> Figure:
     found = tellings(words_of(results))
     figure, axes = plt.subplots(figsize=(7.2, 0.34 * len(found) + 1.2), constrained_layout=True)
-    _bars(axes, [each.score for each in found], [each.within for each in found], origin=0.5)
+    _bars(axes, [each.score for each in found], [each.within for each in found], [PALETTE[0]] * len(found), origin=0.5)
     axes.set_title("telling invented words from true ones, within position bins")
     figure.supxlabel(f"AUROC, 95 % interval; {_base(results)}", fontsize=9, color=INK)
     return figure
 
 
-def _bars(axes: Axes, names: list[str], values: list[Interval], origin: float = 0.0) -> None:
+def _color(methods: list[str], name: str) -> str:
+    return PALETTE[methods.index(name) % len(PALETTE)]
+
+
+def _bars(axes: Axes, names: list[str], values: list[Interval], colors: list[str], origin: float = 0.0) -> None:
     places = np.arange(len(names))[::-1]
     middle = np.array([value.mean for value in values])
     reach = np.array([[value.mean - value.low, value.high - value.mean] for value in values]).T
-    colors = [PALETTE[i % len(PALETTE)] for i in range(len(names))] if len(names) <= len(PALETTE) else PALETTE[0]
     axes.barh(places, middle - origin, left=origin, xerr=reach, color=colors, height=0.6, ecolor=INK, capsize=2)
     axes.axvline(origin, color=INK, lw=0.8)
     axes.set_yticks(places, names)

@@ -195,16 +195,16 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
 
 def test_the_switch_names_what_differs(tmp_path: Path) -> None:
     configs = [
-        AttributionConfig(filter=True),
-        AttributionConfig(method="tam", scales=(1.0,), filter=True),
+        AttributionConfig(filter=None),
+        AttributionConfig(method="tam", scales=(1.0,)),
         AttributionConfig(filter=False, scale_mean="geometric"),
         AttributionConfig(),
     ]
     page = write_html([synthetic(config=config) for config in configs], tmp_path / "x.html").read_text()
     labels = [view["label"] for view in payload_of(page)["views"]]
     assert labels == [
-        "ARC 1×, 1.5×, 2×, filter yes",
-        "TAM 1×, filter yes",
+        "ARC 1×, 1.5×, 2×, filter none",
+        "TAM 1×",
         "ARC 1×, 1.5×, 2×, scale mean geometric, filter no",
         "ARC 1×, 1.5×, 2×",
     ]
