@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.record import RESULTS, read_jsonl
+from benchmarks.rival_report import rivals_summary, rivals_table
+from benchmarks.sanity import sanity_table
 from benchmarks.table import (
-    ablation_summary,
+    inventions_summary,
     long_table,
     overhead_table,
     postprocessing_table,
     rates_table,
     static_table,
 )
+from fastattr.evaluate import read
+from fastattr.evaluate.tables import methods_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,12 +41,17 @@ def test_the_code_prints_what_it_says(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_tables_are_those_of_the_results() -> None:
-    assert ablation_summary(*read_jsonl(RESULTS / "ablation.jsonl")) in README
+    assert methods_table(read(RESULTS / "eval_scenes.jsonl")) in README
+    invented = [read(RESULTS / f"eval_scenes-{name}.jsonl") for name in ("erased", "small", "false")]
+    assert inventions_summary(invented) in README
+    assert rivals_summary(*read_jsonl(RESULTS / "rivals.jsonl")) in README
     assert postprocessing_table(*read_jsonl(RESULTS / "postprocessing.jsonl")) in README
     assert rates_table(*read_jsonl(RESULTS / "rates.jsonl")) in README
     benchmarks = (ROOT / "benchmarks" / "README.md").read_text()
     assert long_table(*read_jsonl(RESULTS / "long.jsonl")) in benchmarks
     assert overhead_table(*read_jsonl(RESULTS / "overhead.jsonl")) in benchmarks
+    assert rivals_table(*read_jsonl(RESULTS / "rivals.jsonl")) in benchmarks
+    assert sanity_table(*read_jsonl(RESULTS / "sanity.jsonl")) in benchmarks
     kernels = (ROOT / "kernels" / "README.md").read_text()
     assert static_table(*read_jsonl(RESULTS / "static.jsonl")) in kernels
 
