@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -294,12 +295,12 @@ def regional_evidence(
     """
     from fastattr import adapters
 
-    hidden = [
+    hidden = (  # one after the other, so that few of them are in memory
         [*visuals[:i], visuals[i].hide(box), *visuals[i + 1 :]]
         for i, group in enumerate(reading.layout.images)
         for box in windows(n, group.extent)
-    ]
-    log_prob = adapters.log_probs_of_images(model, [list(visuals), *hidden], prompt, reading.target_ids)
+    )
+    log_prob = adapters.log_probs_of_images(model, chain([visuals], hidden), prompt, reading.target_ids)
     falls = (log_prob[0] - log_prob[1:]).clamp_(min=0).T  # [target image*window]
     return falls.contiguous().split((n + 1) ** 2, dim=1)
 

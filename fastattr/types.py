@@ -50,8 +50,8 @@ class AttributionConfig:
             evidence) are always the model's own.
         regions: our own; weigh the maps by what the words fall with when windows of an `n x n` partition of the picture
             are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards an image.
-        filter: apply the rank-Gaussian filter; None leaves it out where a grid has fewer than 16 cells a side, where it
-            takes small things away (and, with `context="all"`, what interference removal leaves in tatters).
+        filter: apply the rank-Gaussian filter; None leaves it out where a grid has fewer than 16 cells a side. There it
+            takes small things away, but with `context="all"` maps without it are less causal.
         evidence: run one more forward with the image blanked to middle grey.
         compat: `"tam"` reproduces the reference TAM with its quirks.
         backend: `auto` runs Triton kernels on a GPU and torch elsewhere; `triton` or `torch` run or explain.

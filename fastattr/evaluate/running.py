@@ -58,7 +58,7 @@ class Results:
 
     Attributes:
         header: the settings, versions and machine.
-        judged: in the dataset's order.
+        judged: by id, whatever order they were finished in, so that equal results give equal intervals.
         skipped: samples that could not be judged.
     """
 
@@ -92,7 +92,7 @@ def run(task: Task, out: Path, *, workers: int = 1) -> Results:
                 done[row.id] = from_line(line)  # as it will be read again, so that tables are those of the file
     except OSError as error:
         raise SaveError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
-    return _ordered(header, done, dataset.ids)
+    return _ordered(header, {id: done[id] for id in dataset.ids if id in done})
 
 
 def read(out: Path) -> Results:
@@ -102,7 +102,7 @@ def read(out: Path) -> Results:
         SaveError: there is no such file, or it is not an evaluation.
     """
     header, done = _read(out)
-    return _ordered(header, done, tuple(done))
+    return _ordered(header, done)
 
 
 # --- the work --------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def _append(file: BinaryIO, line: str) -> None:
     os.fsync(file.fileno())
 
 
-def _ordered(header: dict[str, Any], done: dict[str, Judgement | Skipped], ids: Sequence[str]) -> Results:
-    rows = [done[each] for each in ids if each in done]
+def _ordered(header: dict[str, Any], done: dict[str, Judgement | Skipped]) -> Results:
+    rows = sorted(done.values(), key=lambda row: (len(row.id), row.id))  # numbers by size
     return Results(
         header,
         tuple(row for row in rows if isinstance(row, Judgement)),

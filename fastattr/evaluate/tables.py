@@ -69,7 +69,7 @@ def counts(results: Results) -> str:
     if results.skipped:
         named = "; ".join(f"{row.id}: {row.reason}" for row in results.skipped[:NAMED_FAULTS])
         more = f"; and {len(results.skipped) - NAMED_FAULTS} more" if len(results.skipped) > NAMED_FAULTS else ""
-        text += f" {len(results.skipped)} samples skipped ({named}{more})."
+        text += f" Skipped: {len(results.skipped)} ({named}{more})."
     return text
 
 

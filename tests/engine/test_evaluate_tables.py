@@ -152,7 +152,7 @@ def test_statements_about_one_picture_are_drawn_together() -> None:
 def test_samples_that_could_not_be_judged_are_counted_and_named() -> None:
     skipped = tuple(Skipped(str(i), f"fault {i}") for i in range(7))
     text = tables.counts(results(judgement("1", {"tam": 0.5, "arc": 0.5}), skipped=skipped))
-    assert "7 samples skipped (0: fault 0; 1: fault 1; 2: fault 2; 3: fault 3; 4: fault 4; and 2 more)" in text
+    assert "Skipped: 7 (0: fault 0; 1: fault 1; 2: fault 2; 3: fault 3; 4: fault 4; and 2 more)" in text
 
 
 def test_calibration_takes_both_kinds_of_words() -> None:
