@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import fastattr
+from fastattr.adapters.model import BUNDLED
 from fastattr.demo import scenes
 from fastattr.demo.build import VOCABULARY, build_model, build_processor
 from fastattr.demo.train import (
@@ -15,6 +17,7 @@ from fastattr.demo.train import (
     TEXT_TOKENS,
     Batch,
     SceneBatches,
+    borrow_tower,
     check_fast_path,
     dense_loss,
     image_embeddings,
@@ -96,7 +99,9 @@ def test_the_language_loss_is_the_librarys_on_the_chat_template(processor: Any) 
 @pytest.mark.parametrize("seed", [-1, 5])
 def test_held_out_scenes_are_never_trained_on(tmp_path: Path, seed: int) -> None:
     with pytest.raises(ValueError, match=f"seed is {seed}, expected 0 to 4"):
-        train(tmp_path, dense_steps=1, language_steps=1, learning_rate=1e-3, seed=seed, dense_from=None)
+        train(
+            tmp_path, dense_steps=1, language_steps=1, learning_rate=1e-3, seed=seed, dense_from=None, tower_from=None
+        )
 
 
 def test_both_losses_fall(processor: Any, batch: Batch) -> None:
@@ -117,3 +122,16 @@ def test_both_losses_fall(processor: Any, batch: Batch) -> None:
             stepper.zero_grad()
     assert seen[-1][0] < 0.8 * seen[0][0]
     assert seen[-1][1] < 0.8 * seen[0][1]
+
+
+def test_a_borrowed_tower_is_the_finished_one_and_stays_as_it_is() -> None:
+    fresh = build_model(build_processor().tokenizer, seed=3)
+    finished = fastattr.load("shapes").hf_model
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    borrow_tower(fresh, BUNDLED["shapes"])
+    for name, value in fresh.state_dict().items():
+        same_as = finished.state_dict()[name] if "vision_tower" in name else before[name]
+        torch.testing.assert_close(value, same_as)
+    learned = {id(p) for stepper in optimizers(fresh, 1e-3) for group in stepper.param_groups for p in group["params"]}
+    for name, parameter in fresh.named_parameters():
+        assert (id(parameter) in learned) == ("vision_tower" not in name), name
