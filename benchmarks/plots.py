@@ -16,27 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.workloads import ENGINE, NAIVE, NUMPY
+from fastattr.evaluate.plots import FAINT, INK, STYLE
 
 Row = Mapping[str, Any]
 
 COLORS = {NAIVE: "#b5503c", NUMPY: "#c99a2e", ENGINE: "#2b6c8f"}
-INK, FAINT = "#222222", "#d9d9d9"
 FACTORS = {
     "n_targets": "response tokens",
     "n_image": "image tokens",
     "vocab": "vocabulary",
     "k": "depth of the rankings",
     "n_scales": "scales",
-}
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "figure.facecolor": "white",
-    "savefig.dpi": 160,
 }
 
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastattr.metrics import Interval
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine(command: str) -> dict[str, Any]:
     """The header line: processor, threads, versions, commit and the command that writes the file."""
+    from fastattr.evaluate.running import processor  # which a process that only measures never loads
+
     return {
         "record": "header",
         "command": command,
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -32,6 +37,11 @@ def machine(command: str) -> dict[str, Any]:
         "numpy": np.__version__,
         "commit": _commit(),
     }
+
+
+def rounded(interval: Interval) -> dict[str, float]:
+    """An interval as it stands in a result file; `Interval(**row)` reads it again."""
+    return {name: round(value, 6) for name, value in asdict(interval).items()}
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -54,15 +64,6 @@ def _triton() -> str | None:
         return version("triton")
     except PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -13,9 +13,10 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.plots import FAINT, INK, STYLE
 from fastattr.evaluate.judging import RANDOM
-from fastattr.evaluate.tables import markdown
+from fastattr.evaluate.plots import FAINT, INK, STYLE
+from fastattr.evaluate.tables import interval, level, markdown
+from fastattr.metrics import Interval
 
 Row = Mapping[str, Any]
 
@@ -47,7 +48,7 @@ def rivals_table(header: Row, rows: Sequence[Row]) -> str:
             (
                 row["method"],
                 *(
-                    _interval(row[f"{figure}_over_reference"]) if f"{figure}_over_reference" in row else ""
+                    interval(Interval(**row[f"{figure}_over_reference"])) if f"{figure}_over_reference" in row else ""
                     for figure in ("f1", "pointing", "deletion", "insertion")
                 ),
             )
@@ -87,16 +88,12 @@ def rivals_summary(header: Row, rows: Sequence[Row]) -> str:
             (
                 row["method"],
                 *(f"{row[figure]:.3f}" if figure in row else "" for figure in ("f1", "pointing")),
-                *(_mean(row[figure]) for figure in ("deletion", "insertion")),
+                *(level(Interval(**row[figure])) for figure in ("deletion", "insertion")),
                 f"{row['cpu_s_per_token'] * 1e3:.3g} ms" if "cpu_s_per_token" in row else "",
             )
             for row in rows
         ),
     )
-
-
-def _mean(value: Row) -> str:
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def draw(header: Row, rows: Sequence[Row], path: Path) -> Path:
@@ -170,7 +167,3 @@ def _name_beside(axes: Axes, rows: Sequence[Row]) -> None:
                 "relpos": (0, 0.5),
             },
         )
-
-
-def _interval(gap: Row) -> str:
-    return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"

@@ -14,7 +14,7 @@ import argparse
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import fastattr
 from benchmarks.cost import cpu_s, in_fresh_process, one_thread, progress
-from benchmarks.record import RESULTS, machine, write_jsonl
+from benchmarks.record import RESULTS, machine, rounded, write_jsonl
 from benchmarks.rival_maps import RIVALS, Rival
 from benchmarks.rival_model import Case, counted
 from fastattr.adapters import encode_response, log_probs_of_images
@@ -37,7 +37,7 @@ from fastattr.datasets.scenes import FUNCTION_WORDS, scene_mentions
 from fastattr.demo.scenes import HELD_OUT, describe, make_scene
 from fastattr.evaluate.judging import MASK, RANDOM, on_grid, tokens_at
 from fastattr.images import Visual
-from fastattr.metrics import Interval, Noun, Plausibility, difference, paired_bootstrap, plausibility, pool
+from fastattr.metrics import Noun, Plausibility, difference, paired_bootstrap, plausibility, pool
 from fastattr.metrics.faithfulness import cut_picture, faithfulness, map_order, mask_order, random_order
 from fastattr.text import decode_tokens
 
@@ -195,8 +195,8 @@ def row(name: str, scores: Mapping[str, Sequence[Score]], reference: str, peak_b
     line: dict[str, Any] = {"method": name, "scenes": len(mine)}
     for figure in ("deletion", "insertion"):
         values, others = (np.array([getattr(score, figure) for score in each]) for each in (mine, other))
-        line[figure] = _rounded(paired_bootstrap(values, np.zeros_like(values)))
-        line[f"{figure}_over_reference"] = _rounded(paired_bootstrap(values, others))
+        line[figure] = rounded(paired_bootstrap(values, np.zeros_like(values)))
+        line[f"{figure}_over_reference"] = rounded(paired_bootstrap(values, others))
     plausible = [score.plausibility for score in mine if score.plausibility is not None]
     prices = [score.price for score in mine if score.price is not None]
     if not plausible:
@@ -205,7 +205,7 @@ def row(name: str, scores: Mapping[str, Sequence[Score]], reference: str, peak_b
     referred = [score.plausibility for score in other if score.plausibility is not None]
     for figure in ("obj", "func", "f1", "pointing"):
         line[figure] = round(getattr(pooled, figure), 4)
-        line[f"{figure}_over_reference"] = _rounded(difference(plausible, referred, figure))
+        line[f"{figure}_over_reference"] = rounded(difference(plausible, referred, figure))
     tokens = sum(price.tokens for price in prices)
     return line | {
         "n_nouns": pooled.n_nouns,
@@ -276,10 +276,6 @@ def run(n: int, *, memory: bool = True) -> list[dict[str, Any]]:
     }
     kinds = {rival.name: rival.kind for rival in RIVALS} | dict.fromkeys((RANDOM, MASK), "control")
     return [header, *({"kind": kind} | row(name, scores, REFERENCE, peaks.get(name)) for name, kind in kinds.items())]
-
-
-def _rounded(interval: Interval) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in asdict(interval).items()}
 
 
 def main() -> None:

@@ -35,14 +35,13 @@ from tqdm import tqdm
 
 import fastattr
 from benchmarks.cost import one_thread
-from benchmarks.plots import FAINT, INK, STYLE
 from benchmarks.record import RESULTS, machine, write_jsonl
 from fastattr.adapters import encode_response
 from fastattr.demo.falsify import content_words
 from fastattr.demo.scenes import HELD_OUT, describe, make_scene
 from fastattr.evaluate import METHODS
 from fastattr.evaluate.judging import tokens_at
-from fastattr.evaluate.plots import PALETTE
+from fastattr.evaluate.plots import FAINT, INK, PALETTE, STYLE
 from fastattr.images import Visual
 from fastattr.metrics import paired_bootstrap
 from fastattr.pipeline import explain_readings, read_states

@@ -20,11 +20,11 @@ from typing import Any
 
 import transformers
 
-from benchmarks.record import RESULTS, machine, write_jsonl
+from benchmarks.record import RESULTS, machine, rounded, write_jsonl
 from fastattr.evaluate import METHODS, Results, Settings, Task, run
 from fastattr.evaluate.judging import MASK, RANDOM
 from fastattr.evaluate.tables import hiding_gain, hiding_mean, plausibility_gain
-from fastattr.metrics import Interval, pool
+from fastattr.metrics import pool
 from fastattr.types import AttributionConfig, Method
 
 BASE = METHODS["arc"]
@@ -135,11 +135,7 @@ def _gains(masks: Results, hidden: Results, name: str, base: str) -> dict[str, d
         "deletion": hiding_gain(hidden, name, base, "deletion_auc"),
         "insertion": hiding_gain(hidden, name, base, "insertion_auc"),
     }
-    return {name: _rounded(gain) for name, gain in gains.items()}
-
-
-def _rounded(gain: Interval) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in asdict(gain).items()}
+    return {name: rounded(gain) for name, gain in gains.items()}
 
 
 def sweep(model: str, n: int, n_hidden: int, workers: int) -> list[dict[str, Any]]:

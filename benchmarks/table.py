@@ -17,6 +17,7 @@ from fastattr.evaluate.tables import (
     LOG_PROB,
     POSITION,
     interval,
+    level,
     markdown,
     tellings,
     words_of,
@@ -43,7 +44,7 @@ def sweep_table(header: Row, rows: Sequence[Row]) -> str:
     def cells(row: Row, base: str) -> tuple[str, ...]:
         gains = row[base]
         shown = (f"{row[name]:.3f}" for name in ("obj", "func", "f1", "pointing", "deletion", "insertion"))
-        return (*shown, *(_interval(gains[name]) for name in ("f1", "deletion", "insertion")))
+        return (*shown, *(interval(Interval(**gains[name])) for name in ("f1", "deletion", "insertion")))
 
     methods = markdown(
         ("method and scales", *head),
@@ -84,17 +85,13 @@ def inventions_summary(every: Sequence[Results]) -> str:
             (
                 results.header["dataset"],
                 f"{int((~words.true).sum())} of {len(words.true):,}",
-                *(_level(found[name].within) for name in INVENTION_SCORES),
+                *(level(found[name].within) for name in INVENTION_SCORES),
                 interval(found[COMBINED_WORST].over_log_prob),
                 f"{best.score} {best.within.mean:.3f}",
             )
         )
     head = ("words", "invented", *INVENTION_SCORES, "the last over log-probability", "best map descriptor")
     return markdown(head, rows)
-
-
-def _level(value: Interval) -> str:
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def postprocessing_table(header: Row, rows: Sequence[Row]) -> str:
@@ -275,10 +272,6 @@ def static_table(header: Row, rows: Sequence[Row]) -> str:
 
 
 SIZES = ("n_targets", "n_image", "vocab", "k", "n_scales")
-
-
-def _interval(gain: Row) -> str:
-    return f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]"
 
 
 def _machine(header: Row) -> str:

@@ -173,6 +173,8 @@ def evaluate(
     results = run(Task(dataset, model, n, prompt, settings), out, workers=workers or _cores())
     print(summary(results))
     print(f"\n{out.resolve()}")
+    if not results.judged:
+        raise typer.Exit(1)
     if plots:
         from fastattr.evaluate.plots import draw
 

@@ -13,6 +13,7 @@ from fastattr.evaluate.running import Results
 from fastattr.evaluate.tables import (
     baseline_of,
     both_kinds,
+    has_nouns,
     hiding_gain,
     mean_curve,
     plausibility_gain,
@@ -53,7 +54,7 @@ def draw(results: Results, out: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         if any(row.hidings for row in results.judged):
             drawn.append(_save(_curves(results), out.with_name(f"{out.stem}_curves.png")))
-        if len(_methods(results)) > 1:
+        if len(_methods(results)) > 1 and has_nouns(results):
             drawn.append(_save(_gains(results), out.with_name(f"{out.stem}_gains.png")))
         if both_kinds(results):
             drawn.append(_save(_inventions(results), out.with_name(f"{out.stem}_inventions.png")))

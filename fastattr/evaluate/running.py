@@ -14,7 +14,7 @@ from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -82,16 +82,12 @@ def run(task: Task, out: Path, *, workers: int = 1) -> Results:
     header = _header(task, dataset)
     done = _resume(out, header)
     waiting = [each for each in dataset.ids if not isinstance(done.get(each), Judgement)]
-    try:
-        with open(out, "ab") as file:
-            if not done and file.tell() == 0:
-                _append(file, json.dumps(header))
-            for row in _progress(_rows(task, dataset, waiting, workers), len(waiting), len(dataset.ids)):
-                line = to_line(row)
-                _append(file, line)
-                done[row.id] = from_line(line)  # as it will be read again, so that tables are those of the file
-    except OSError as error:
-        raise SaveError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
+    if not out.exists() or out.stat().st_size == 0:
+        _append(out, json.dumps(header))
+    for row in _progress(_rows(task, dataset, waiting, workers), len(waiting), len(dataset.ids)):
+        line = to_line(row)
+        _append(out, line)
+        done[row.id] = from_line(line)  # as it will be read again, so that tables are those of the file
     return _ordered(header, {id: done[id] for id in dataset.ids if id in done})
 
 
@@ -193,7 +189,7 @@ def _header(task: Task, dataset: Dataset) -> dict[str, Any]:
         "prompt": task.prompt,
         "settings": settings,
         "versions": {name: version(name) for name in ("fastattr", "torch", "transformers", "numpy")},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
     return json.loads(json.dumps(header))
 
@@ -201,7 +197,6 @@ def _header(task: Task, dataset: Dataset) -> dict[str, Any]:
 def _resume(out: Path, header: dict[str, Any]) -> dict[str, Judgement | Skipped]:
     """Rows that are there already; a line cut short by an interruption is taken off."""
     if not out.exists() or out.stat().st_size == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
         return {}
     found, done = _read(out)
     for name in ("dataset", "model", "prompt", "settings"):
@@ -232,10 +227,15 @@ def _read(out: Path) -> tuple[dict[str, Any], dict[str, Judgement | Skipped]]:
     return header, {row.id: row for row in rows}  # the last one counts
 
 
-def _append(file: BinaryIO, line: str) -> None:
-    file.write(line.encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+def _append(out: Path, line: str) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SaveError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _ordered(header: dict[str, Any], done: dict[str, Judgement | Skipped]) -> Results:
@@ -252,9 +252,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this machine computes with, for headers of results."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -15,10 +15,10 @@ from fastattr.evaluate.running import NAMED_FAULTS, Results
 from fastattr.metrics import Interval, difference, paired_bootstrap, pool
 from fastattr.metrics.invention import (
     auroc,
-    auroc_difference,
     auroc_interval,
     average_precision,
     combine,
+    drawn_auroc,
     position_bins,
 )
 
@@ -49,10 +49,17 @@ class Telling:
 
 def summary(results: Results) -> str:
     """Everything as Markdown: what was judged, the methods, the inventions."""
-    parts = [counts(results), methods_table(results)]
+    parts = [counts(results)]
+    if has_nouns(results):
+        parts.append(methods_table(results))
     if both_kinds(results):
         parts += [invention_table(results), kinds_table(results)]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
+
+
+def has_nouns(results: Results) -> bool:
+    """Whether any word was judged by masks, without which methods cannot be compared."""
+    return any(scores.n_nouns for row in results.judged for scores in row.plausibility.values())
 
 
 def counts(results: Results) -> str:
@@ -217,14 +224,14 @@ def both_kinds(results: Results) -> bool:
 def tellings(words: Words) -> list[Telling]:
     """Every score's power to tell, `words` holding both true and invented ones."""
     bins = position_bins(words.position)
-    compared = words.true, words.picture, bins
+    drawn = {name: drawn_auroc(values, words.true, words.picture, bins) for name, values in words.scores.items()}
     return [
         Telling(
             score=name,
             auroc=auroc(values, words.true),
-            within=auroc_interval(values, *compared),
+            within=drawn[name].interval,
             precision=average_precision(-values, ~words.true),
-            over_log_prob=auroc_difference(values, words.scores[LOG_PROB], *compared),
+            over_log_prob=drawn[name].over(drawn[LOG_PROB]),
         )
         for name, values in words.scores.items()
     ]
@@ -238,7 +245,7 @@ def invention_table(results: Results) -> str:
             (
                 each.score,
                 f"{each.auroc:.3f}",
-                f"{each.within.mean:.3f} [{each.within.low:.3f}, {each.within.high:.3f}]",
+                level(each.within),
                 f"{each.precision:.3f}",
                 interval(each.over_log_prob),
             )
@@ -258,8 +265,7 @@ def kinds_table(results: Results) -> str:
             continue
         bins = position_bins(mine.position)
         intervals = (auroc_interval(mine.scores[name], mine.true, mine.picture, bins) for name in shown)
-        cells = [f"{each.mean:.3f} [{each.low:.3f}, {each.high:.3f}]" for each in intervals]
-        rows.append((kind, f"{int((~mine.true).sum())} of {len(mine.true)}", *cells))
+        rows.append((kind, f"{int((~mine.true).sum())} of {len(mine.true)}", *map(level, intervals)))
     return markdown(("words", "invented", *shown), rows)
 
 
@@ -291,6 +297,11 @@ def calibration_of(results: Results) -> Calibration:
 def interval(value: Interval) -> str:
     """A difference and its interval."""
     return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def level(value: Interval) -> str:
+    """A figure and its interval."""
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -10,6 +10,8 @@ Nothing here is ever NaN: a score that is not a number, or words that give no pa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from fastattr.errors import InputError
@@ -81,6 +83,71 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((gained * hits[ends] / (ends + 1)).sum() / hits[-1])
 
 
+@dataclass(frozen=True, eq=False)
+class DrawnAuroc:
+    """An AUROC and what becomes of it when whole scenes are drawn again: made once, compared with as many as wanted.
+
+    Attributes:
+        mean: over all words.
+        draws: `[draw]`, NaN in draws without a pair to compare, which say nothing and are left out.
+    """
+
+    mean: float
+    draws: np.ndarray
+
+    @property
+    def interval(self) -> Interval:
+        """The AUROC as `mean`, with its 95 % interval. Raises `InputError` when no draw holds a pair."""
+        return _interval(self.mean, self.draws)
+
+    def over(self, other: DrawnAuroc) -> Interval:
+        """This AUROC less another of the same words and draws. Raises `InputError` when no draw holds a pair."""
+        return _interval(self.mean - other.mean, self.draws - other.draws)
+
+
+def drawn_auroc(
+    scores: np.ndarray,
+    labels: np.ndarray,
+    scenes: np.ndarray,
+    bins: np.ndarray | None = None,
+    n: int = 2000,
+    seed: int = 0,
+) -> DrawnAuroc:
+    """AUROC (within bins, if given) over all words, and over `n` draws of whole scenes with replacement.
+
+    With wins and pairs counted for each two scenes, a draw that holds scene s `c[s]` times has `c @ wins @ c` wins.
+
+    Args:
+        scores: `[word]`.
+        labels: bool `[word]`.
+        scenes: int `[word]`, the scene each word is about.
+        bins: int `[word]`; pairs are compared across all words when None.
+        n: number of draws.
+        seed: decides the draws; equal seeds give equal draws.
+
+    Raises:
+        InputError: the arrays do not fit, a score is NaN, or no bin holds both classes.
+    """
+    bins = np.zeros(np.shape(scores), int) if bins is None else np.asarray(bins)
+    scores, labels = _checked(scores, labels, scenes=scenes, bins=bins)
+    if n < 1:
+        raise InputError(f"the bootstrap was asked for {n} draws, expected at least 1")
+    names, scene = np.unique(scenes, return_inverse=True)
+    wins, pairs = np.zeros((2, len(names), len(names)))
+    negative = ~labels
+    for word in np.flatnonzero(labels):
+        rivals = np.flatnonzero(negative & (bins == bins[word]))
+        won = ((scores[rivals] < scores[word]) + 1.0 * (scores[rivals] <= scores[word])) / 2
+        wins[scene[word]] += np.bincount(scene[rivals], won, len(names))
+        pairs[scene[word]] += np.bincount(scene[rivals], minlength=len(names))
+    if not pairs.any():
+        raise _no_pairs(labels)
+    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
+    drawn_wins, drawn_pairs = ((counts @ table * counts).sum(axis=1) for table in (wins, pairs))
+    drawn = np.where(drawn_pairs > 0, drawn_wins / np.maximum(drawn_pairs, 1), np.nan)
+    return DrawnAuroc(float(wins.sum() / pairs.sum()), drawn)
+
+
 def auroc_interval(
     scores: np.ndarray,
     labels: np.ndarray,
@@ -89,25 +156,8 @@ def auroc_interval(
     n: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """AUROC (within bins, if given) and its 95 % interval over `n` draws of whole scenes with replacement.
-
-    A draw without any pair to compare says nothing and is left out.
-
-    Args:
-        scores: `[word]`.
-        labels: bool `[word]`.
-        scenes: int `[word]`, the scene each word is about.
-        bins: int `[word]`; pairs are compared across all words when None.
-        n: number of draws.
-        seed: decides the draws; equal seeds give equal intervals.
-
-    Returns:
-        the AUROC as `mean`, with its interval.
-
-    Raises:
-        InputError: the arrays do not fit, a score is NaN, no bin holds both classes, or no draw does.
-    """
-    return _interval(*_drawn_aurocs(scores, labels, scenes, bins, n, seed))
+    """AUROC and its 95 % interval; arguments and errors as for `drawn_auroc`, and an error when no draw holds a pair."""
+    return drawn_auroc(scores, labels, scenes, bins, n, seed).interval
 
 
 def auroc_difference(
@@ -119,18 +169,8 @@ def auroc_difference(
     n: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """AUROC of score `a` minus that of `b` on the same words, the same scenes drawn for both.
-
-    Args:
-        a, b: `[word]`.
-        labels, scenes, bins, n, seed: see `auroc_interval`.
-
-    Raises:
-        InputError: see `auroc_interval`.
-    """
-    mean_a, drawn_a = _drawn_aurocs(a, labels, scenes, bins, n, seed)
-    mean_b, drawn_b = _drawn_aurocs(b, labels, scenes, bins, n, seed)
-    return _interval(mean_a - mean_b, drawn_a - drawn_b)
+    """AUROC of score `a` minus that of `b` on the same words and draws; otherwise as `auroc_interval`."""
+    return drawn_auroc(a, labels, scenes, bins, n, seed).over(drawn_auroc(b, labels, scenes, bins, n, seed))
 
 
 def combine(evidence: np.ndarray, log_prob: np.ndarray) -> np.ndarray:
@@ -185,33 +225,6 @@ def position_bins(positions: np.ndarray, n_bins: int = 4) -> np.ndarray:
         )
     edges = np.quantile(positions, np.arange(1, n_bins) / n_bins)
     return np.searchsorted(edges, positions, side="right")
-
-
-def _drawn_aurocs(
-    scores: np.ndarray, labels: np.ndarray, scenes: np.ndarray, bins: np.ndarray | None, n: int, seed: int
-) -> tuple[float, np.ndarray]:
-    """The AUROC, and that of each draw of scenes `[draw]`; NaN in draws without a pair.
-
-    With wins and pairs counted for each two scenes, a draw that holds scene s `c[s]` times has `c @ wins @ c` wins.
-    """
-    bins = np.zeros(np.shape(scores), int) if bins is None else np.asarray(bins)
-    scores, labels = _checked(scores, labels, scenes=scenes, bins=bins)
-    if n < 1:
-        raise InputError(f"the bootstrap was asked for {n} draws, expected at least 1")
-    names, scene = np.unique(scenes, return_inverse=True)
-    wins, pairs = np.zeros((2, len(names), len(names)))
-    negative = ~labels
-    for word in np.flatnonzero(labels):
-        rivals = np.flatnonzero(negative & (bins == bins[word]))
-        won = ((scores[rivals] < scores[word]) + 1.0 * (scores[rivals] <= scores[word])) / 2
-        wins[scene[word]] += np.bincount(scene[rivals], won, len(names))
-        pairs[scene[word]] += np.bincount(scene[rivals], minlength=len(names))
-    if not pairs.any():
-        raise _no_pairs(labels)
-    counts = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=n)
-    drawn_wins, drawn_pairs = ((counts @ table * counts).sum(axis=1) for table in (wins, pairs))
-    drawn = np.where(drawn_pairs > 0, drawn_wins / np.maximum(drawn_pairs, 1), np.nan)
-    return float(wins.sum() / pairs.sum()), drawn
 
 
 def _interval(mean: float, drawn: np.ndarray) -> Interval:

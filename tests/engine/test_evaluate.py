@@ -18,8 +18,9 @@ import fastattr
 from fastattr.datasets import Dataset, Mention, Sample
 from fastattr.datasets.scenes import open_scenes
 from fastattr.errors import DatasetError, InputError, SaveError
-from fastattr.evaluate import METHODS, Judgement, Settings, Task, judge, method_of, read, run
+from fastattr.evaluate import METHODS, Judgement, Settings, Task, judge, method_of, read, run, summary
 from fastattr.evaluate.judging import crop, on_grid, tokens_at
+from fastattr.evaluate.plots import draw
 from fastattr.metrics import Noun, plausibility
 from fastattr.text import TokenText
 
@@ -212,6 +213,35 @@ def test_words_without_a_mask_are_judged_for_truth_alone(model: fastattr.Model) 
     assert row.hidings == ()
     assert row.plausibility["tam"].n_nouns == 0
     assert [(word.kind, word.true) for word in row.said] == [("invented", False)]
+
+
+def test_where_nothing_could_be_judged_the_reasons_are_all_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Sample:
+        raise DatasetError("masks/7.png is not a picture")
+
+    monkeypatch.setattr(Task, "open", lambda self: faulty({"7": broken}))
+    results = run(Task("faulty", "shapes", None, None, QUICK), tmp_path / "out.jsonl")
+    text = summary(results)
+    assert "0 samples" in text and "Skipped: 1 (7: DatasetError: masks/7.png is not a picture)" in text
+    assert "|" not in text
+    assert draw(results, tmp_path / "out.jsonl") == []
+
+
+def test_without_a_noun_there_is_no_table_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = open_scenes("scenes", 1, None)
+    good = replace(scene.read(scene.ids[0]), mentions=lambda text: ())
+    monkeypatch.setattr(Task, "open", lambda self: faulty({good.id: lambda: good}))
+    results = run(Task("faulty", "shapes", None, None, QUICK), tmp_path / "out.jsonl")
+    assert len(results.judged) == 1
+    assert "|" not in summary(results) and draw(results, tmp_path / "out.jsonl") == []
+
+
+def test_a_file_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="cannot be written"):
+        run(task(1), tmp_path / "file" / "out.jsonl")
 
 
 # --- the command -----------------------------------------------------------------------------------
