@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.rank_filter import filter_table
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_table
 from benchmarks.sanity import sanity_table
@@ -307,6 +308,7 @@ def _plain(value: object) -> str:
 TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
     ("choices of the method, shapes", "sweep_shapes", sweep_table),
     ("choices of the method, the control", "sweep_control", sweep_table),
+    ("the filter on grids", "rank_filter", filter_table),
     ("rivals", "rivals", rivals_table),
     ("sanity", "sanity", sanity_table),
     ("post-processing", "postprocessing", postprocessing_table),

@@ -79,7 +79,7 @@ def joint_range(image_range: Tensor, scores: Tensor) -> Tensor:
     return torch.stack([low, high], dim=1)
 
 
-FILTER_FROM = 16  # cells a side; measured, see benchmarks/LOG.md
+FILTER_FROM = 16  # cells a side; measured in benchmarks/results/rank_filter.jsonl
 
 
 def normalise_maps(
