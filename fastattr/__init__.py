@@ -26,7 +26,7 @@ from fastattr.pipeline import attribute, attribute_states
 from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout
 
 if TYPE_CHECKING:
-    from fastattr.adapters import Model, capture, load, wrap
+    from fastattr.adapters import Model, StateBuffer, capture, load, wrap
 
 __all__ = [
     "Attribution",
@@ -41,6 +41,7 @@ __all__ = [
     "PhraseError",
     "SaveError",
     "ScaleError",
+    "StateBuffer",
     "StatesError",
     "TokenLayout",
     "TokenLayoutError",
@@ -52,7 +53,7 @@ __all__ = [
     "wrap",
 ]
 
-_FROM_ADAPTERS = ("Model", "capture", "load", "wrap")
+_FROM_ADAPTERS = ("Model", "StateBuffer", "capture", "load", "wrap")
 
 
 def __getattr__(name: str) -> object:

@@ -202,20 +202,22 @@ def attribute_captured(
     arc_weight: Literal["product", "relevance"] = "product",
     context: Literal["all", "prompt", "response"] = "all",
     filter: bool | None = True,
+    evidence: bool = False,
     backend: Literal["auto", "triton", "torch"] = "auto",
 ) -> Attribution:
     """Explain what a captured `generate` returned, at the one scale the model saw, without another forward.
 
-    For several scales or evidence, call `attribute` with the image, the prompt and the response ids.
+    For several scales, call `attribute` with the image, the prompt and the response ids.
 
     Args:
         states: from `capture`.
         out: the sequence `[1 seq]` or the output object of `generate`.
-        image: pictures for overlays.
+        image: pictures for overlays and evidence.
         prompt: the user's text, to tell it from the chat template.
+        evidence: run one forward of the same tokens with the image blanked; needs `image`.
 
     Raises:
-        InputError: nothing was captured, or `out` holds several sequences.
+        InputError: nothing was captured, `out` holds several sequences, or `image` is not what `generate` was given.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     from fastattr.adapters import captured_reading
@@ -228,12 +230,18 @@ def attribute_captured(
         arc_weight=arc_weight,
         context=context,
         filter=filter,
-        evidence=False,
+        evidence=evidence,
         backend=backend,
     )
     visuals = () if image is None else read_visuals(image)
+    if evidence and not visuals:
+        raise InputError("evidence=True blanks the images, so pass the same as image= that generate was given")
     reading, source = captured_reading(states, out, visuals=visuals, prompt=prompt)
     maps = explain_states([reading], states.model.head, config)
+    seen = None
+    if evidence:
+        blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
+        seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
     notes = _notes(maps, config, visuals)
     if prompt is None:
         notes += ("the prompt was not given, so every word of the chat template counts as context",)
@@ -244,9 +252,11 @@ def attribute_captured(
         [reading],
         config,
         decode=states.model.decode,
+        evidence=seen,
         visuals=visuals,
         prompt=prompt or "",
         model=states.model.name,
+        calibration=states.model.calibration,
         source=source,
         notes=notes,
     )

@@ -4,10 +4,12 @@
 `capture` read hidden states.
 """
 
+from fastattr.adapters.buffer import StateBuffer
+from fastattr.adapters.capture import CapturedStates, capture, captured_reading
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
-from fastattr.adapters.states import CapturedStates, capture, captured_reading, generate, log_probs_of_images, replay
+from fastattr.adapters.states import generate, log_probs_of_images, replay
 
 __all__ = [
     "FAMILIES",
@@ -15,6 +17,7 @@ __all__ = [
     "EncodedExample",
     "Family",
     "Model",
+    "StateBuffer",
     "capture",
     "captured_reading",
     "encode",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,12 +64,14 @@ def layer_modules(hf_model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module
 
 @contextmanager
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the `[batch seq dim]` outputs of a module while the block runs."""
+    """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone."""
     seen: list[Tensor] = []
+    here = get_ident()
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        states = output if isinstance(output, Tensor) else output[0]
-        seen.append(states.detach())
+        if get_ident() == here:  # a server may generate beside it
+            states = output if isinstance(output, Tensor) else output[0]
+            seen.append(states.detach())
 
     handle = module.register_forward_hook(keep)
     try:
@@ -90,8 +93,10 @@ def interpolated_positions(hf_model: nn.Module, needed: bool) -> Iterator[None]:
             f"{type(model).__name__} does not expose its vision tower, so its image size is fixed; use scales=(1.0,)"
         )
 
-    def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "interpolate_pos_encoding": True}
+    here = get_ident()
+
+    def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, {**kwargs, "interpolate_pos_encoding": True}) if get_ident() == here else None
 
     handle = tower.register_forward_pre_hook(ask, with_kwargs=True)
     try:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -360,3 +364,143 @@ def test_a_chat_written_by_hand() -> None:
     why = states.attribute(out, image=picture(), prompt=PROMPT)
     assert "".join(why.context_tokens[: -len(why.tokens)]).strip() == PROMPT
     assert why.extents == ((0.5 - 67 / 91 / 2, 0.0, 0.5 + 67 / 91 / 2, 1.0),)
+
+
+# --- evidence ---------------------------------------------------------------------------------------------
+
+
+def test_captured_evidence_is_that_of_attribute(any_model: fastattr.Model) -> None:
+    inputs = prepared(any_model)
+    with fastattr.capture(any_model) as states:
+        out = any_model.hf_model.generate(**inputs, **sampling(any_model))
+    why = states.attribute(out, image=picture(), prompt=PROMPT, evidence=True)
+    response = out[0, inputs["input_ids"].shape[1] :]
+    expected = fastattr.attribute(any_model, picture(), PROMPT, response, scales=(1.0,))
+    assert why.evidence is not None and expected.evidence is not None
+    torch.testing.assert_close(why.evidence, expected.evidence, rtol=1e-4, atol=1e-4)
+
+
+def test_evidence_needs_the_same_images(model: fastattr.Model) -> None:
+    with fastattr.capture(model) as states:
+        out = model.hf_model.generate(**prepared(model), **sampling(model))
+    with pytest.raises(fastattr.InputError, match="pass the same as image= that generate was given"):
+        states.attribute(out, prompt=PROMPT, evidence=True)
+    larger = picture().resize((picture().width * 2, picture().height))
+    with pytest.raises(fastattr.InputError, match="make other inputs than generate was given"):
+        states.attribute(out, image=larger, prompt=PROMPT, evidence=True)
+
+
+# --- several at a time, in bounded memory -----------------------------------------------------------------
+
+
+def test_threads_capture_one_model_at_once(model: fastattr.Model) -> None:
+    """Each block gets its own states, also while another thread generates without capturing."""
+    n = 4
+    together = threading.Barrier(n + 1)
+    torch.manual_seed(0)
+    pictures = [picture(seed=seed) for seed in range(n)]
+    greedy = {**sampling(model), "do_sample": False}
+
+    def captured(seed: int) -> fastattr.Attribution:
+        together.wait()
+        with fastattr.capture(model) as states:
+            out = model.hf_model.generate(**prepared(model, pictures[seed]), **greedy)
+        why = states.attribute(out, image=pictures[seed], prompt=PROMPT)
+        assert why.source == "capture"
+        return why
+
+    def plain() -> None:
+        together.wait()
+        for _ in range(3):
+            model.hf_model.generate(**prepared(model), **greedy)
+
+    with ThreadPoolExecutor(n + 1) as pool:
+        beside = pool.submit(plain)
+        found = list(pool.map(captured, range(n)))
+        beside.result()
+    for seed, why in enumerate(found):
+        expected = fastattr.attribute(model, pictures[seed], PROMPT, list(why.token_ids), scales=(1.0,), evidence=False)
+        assert_same(why, expected)
+    assert untouched(model)
+
+
+def test_a_task_captures_what_its_thread_generates(model: fastattr.Model) -> None:
+    async def serve(seed: int) -> tuple[fastattr.Attribution, int]:
+        with fastattr.capture(model) as states:
+            inputs = prepared(model, picture(seed=seed))
+            out = await asyncio.to_thread(model.hf_model.generate, **inputs, **{**sampling(model), "do_sample": False})
+        return states.attribute(out, prompt=PROMPT), inputs["input_ids"].shape[1]
+
+    async def both() -> list[tuple[fastattr.Attribution, int]]:
+        return await asyncio.gather(serve(1), serve(2))
+
+    for seed, (why, _) in zip((1, 2), asyncio.run(both()), strict=True):
+        assert why.source == "capture"
+        expected = fastattr.attribute(
+            model, picture(seed=seed), PROMPT, list(why.token_ids), scales=(1.0,), evidence=False
+        )
+        assert_same(why, expected)
+    assert untouched(model)
+
+
+@pytest.mark.parametrize("place", ["model", "cpu"])
+def test_pages_are_bounded_and_used_again(model: fastattr.Model, place: Any) -> None:
+    dim = model.head.weight.shape[1]
+    page_bytes = 256 * dim * 4
+    buffer = fastattr.StateBuffer(2 * page_bytes, place=place)
+    inputs = prepared(model)
+    for _ in range(5):
+        with fastattr.capture(model, buffer=buffer) as states:
+            out = model.hf_model.generate(**inputs, **sampling(model))
+        assert states.attribute(out, prompt=PROMPT).source == "capture"
+        assert buffer.free_bytes < buffer.held_bytes <= buffer.max_bytes
+        states.release()
+        assert buffer.free_bytes == buffer.held_bytes == page_bytes
+    with pytest.raises(fastattr.InputError, match="nothing was captured"):
+        states.attribute(out, prompt=PROMPT)
+
+
+def test_pages_come_back_when_states_are_forgotten(model: fastattr.Model) -> None:
+    buffer = fastattr.StateBuffer()
+    with pytest.raises(RuntimeError, match="the client is gone"), fastattr.capture(model, buffer=buffer):
+        model.hf_model.generate(**prepared(model), **sampling(model))
+        raise RuntimeError("the client is gone")
+    gc.collect()
+    assert 0 < buffer.held_bytes == buffer.free_bytes
+
+
+def test_a_full_buffer_is_replayed(model: fastattr.Model, caplog: pytest.LogCaptureFixture) -> None:
+    buffer = fastattr.StateBuffer(1)
+    inputs = prepared(model)
+    with fastattr.capture(model, buffer=buffer) as states:
+        out = model.hf_model.generate(**inputs, **sampling(model))
+    why = states.attribute(out, image=picture(), prompt=PROMPT)
+    assert why.source == "replay" and buffer.held_bytes == 0
+    assert_same(why, explained(model, out[0], inputs["input_ids"].shape[1]))
+
+
+def test_outputs_written_into_the_same_place_are_kept(model: fastattr.Model) -> None:
+    """As captured graphs do: every step's output is the same memory."""
+    decoder = decoder_of(model.hf_model)
+    place: dict[tuple[int, ...], Tensor] = {}
+
+    def reuse(_module: Any, _inputs: Any, output: Any) -> Any:
+        states = output[0]
+        place.setdefault(tuple(states.shape), torch.empty_like(states)).copy_(states)
+        output.last_hidden_state = place[tuple(states.shape)]
+        return output
+
+    handle: Any = decoder.register_forward_hook(reuse)
+    inputs = prepared(model)
+    with fastattr.capture(model) as states:
+        out = model.hf_model.generate(**inputs, **sampling(model))
+    handle.remove()
+    why = states.attribute(out, image=picture(), prompt=PROMPT)
+    assert why.source == "capture"
+    assert_same(why, explained(model, out[0], inputs["input_ids"].shape[1]))
+
+
+@pytest.mark.parametrize("options", [{"max_bytes": 0}, {"max_bytes": 1.5}, {"place": "disk"}, {"pin_memory": True}])
+def test_a_buffer_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(fastattr.InputError, match=r"expected|place='cpu'"):
+        fastattr.StateBuffer(**options)

@@ -1,0 +1,324 @@
+"""Hidden states read along with the user's own `generate`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastattr.adapters.buffer import Pages, StateBuffer
+from fastattr.adapters.encode import encode, group_images, user_text
+from fastattr.adapters.families import extent_of, grids_of
+from fastattr.adapters.hooks import decoder_of, unwrap_peft
+from fastattr.adapters.model import Model
+from fastattr.adapters.states import forward
+from fastattr.errors import InputError
+from fastattr.images import Visual
+from fastattr.types import WHOLE_IMAGE, ScaleStates, TokenLayout
+
+logger = logging.getLogger("fastattr")
+
+SHARED_BUFFER = StateBuffer()
+
+
+class CapturedStates:
+    """Last-layer states of one `generate` call, filled while it runs.
+
+    Attributes:
+        model: what was captured.
+        model_inputs: what the model was given besides `input_ids`.
+        prompt_ids: `[n]`, what it was given; None until it runs.
+        fed: ids of every step, `[1 n]` each.
+        hidden: states of every step, `[1 n dim]` each; fewer than were fed where the buffer was full.
+    """
+
+    def __init__(self, model: Model, buffer: StateBuffer = SHARED_BUFFER) -> None:
+        self.model = model
+        self.model_inputs: dict[str, Tensor] = {}
+        self.prompt_ids: Tensor | None = None
+        self.fed: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+        self._pages = Pages(buffer)
+        self._runs = 0
+        self._ready: Any = None
+        # also where the user forgets them, or an exception takes them away
+        self._give_back = weakref.finalize(self, buffer.give_back, self._pages.borrowed)
+        self._give_back.atexit = False
+
+    # --- while generate runs ---
+
+    def begin(self, ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        """`generate` was called with these. It may encode the images before the first forward, so they are what counts.
+
+        Raises:
+            InputError: for the second time, or without ids.
+        """
+        self._runs += 1
+        if self._runs > 1:
+            raise InputError("generate ran twice in one capture block, expected once; open a block for each run")
+        if ids is None:
+            raise InputError(
+                f"generate was given {', '.join(kwargs) or 'nothing'}, expected input_ids: fastattr reads ids"
+            )
+        self._keep_given(ids, kwargs)
+
+    def feed(self, ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
+        """One forward of the model begins."""
+        if ids is None:
+            return
+        if self.prompt_ids is None:  # a decoding loop of the user's own
+            self._keep_given(ids, kwargs)
+        self.fed.append(ids.detach())
+
+    def keep(self, states: Tensor) -> None:
+        """One forward made these, `[batch n dim]`. Of several rows the first: they will have to be read again anyway."""
+        kept = self._pages.keep(states.detach())
+        if kept is not None:
+            self.hidden.extend(kept)
+
+    def end(self) -> None:
+        """The block is over; on a GPU, remember when the copies will be there."""
+        if self.hidden and self.fed and self.fed[0].is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def _keep_given(self, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
+        self.prompt_ids = ids[0].detach()
+        self.model_inputs = {
+            name: value
+            for name, value in kwargs.items()
+            if isinstance(value, Tensor)
+            and name not in ("input_ids", "attention_mask", "position_ids", "cache_position")
+        }
+
+    # --- afterwards ---
+
+    @property
+    def n_bytes(self) -> int:
+        """What these states and inputs hold in memory."""
+        return sum(page.nbytes for page in self._pages.borrowed) + sum(
+            each.nbytes for each in self.model_inputs.values()
+        )
+
+    def attribute(self, out: Any, **options: Any) -> Any:
+        """Explain what `generate` returned. Options as in `fastattr.attribute_captured`."""
+        from fastattr.pipeline import attribute_captured
+
+        return attribute_captured(self, out, **options)
+
+    def prompt(self) -> Tensor:
+        """Ids `[n]` that the model was given.
+
+        Raises:
+            InputError: nothing was captured, or it was released.
+        """
+        if self.prompt_ids is None or not self.fed:
+            raise InputError("nothing was captured: call generate of the captured model inside the with block")
+        return self.prompt_ids
+
+    def matches(self, sequence: Tensor) -> bool:
+        """Whether the captured steps are exactly `sequence [seq]` without its last token."""
+        if any(each.shape[0] != 1 for each in self.fed) or not self.fed:
+            return False
+        rows = sum(each.shape[1] for each in self.hidden)
+        fed = torch.cat(self.fed, dim=1)[0]
+        return len(fed) == rows == len(sequence) - 1 and torch.equal(fed, sequence[:-1])
+
+    def read(self, sequence: Tensor) -> tuple[Tensor, str]:
+        """`hidden_states [seq - 1, dim]` of `sequence [seq]`, and `capture` or `replay`.
+
+        Falls back to one forward where the captured steps are not exactly the sequence (beams, assisted decoding, no
+        cache, a hook lost to compilation, a full buffer).
+        """
+        if self._ready is not None:
+            self._ready.synchronize()
+        if self.matches(sequence):
+            return torch.cat(self.hidden, dim=1)[0].to(sequence.device), "capture"
+        rows = sum(each.shape[0] * each.shape[1] for each in self.hidden)
+        logger.warning(
+            "captured %d states where %d are expected; reading them again in one forward", rows, len(sequence) - 1
+        )
+        last, _ = forward(self.model.hf_model, sequence[None, :-1], self.model_inputs, -1, interpolate=False)
+        return last[0], "replay"
+
+    def read_blank(self, sequence: Tensor, visuals: Sequence[Visual]) -> Tensor:
+        """`hidden_states [seq - 1, dim]` of the same tokens with the images blanked to middle grey: one forward.
+
+        Args:
+            visuals: the images `generate` was given.
+
+        Raises:
+            InputError: images of this size are not what `generate` was given.
+        """
+        blank = encode(self.model, [visual.blank() for visual in visuals], "What is it?").model_inputs
+        changed = {
+            name: value for name, value in blank.items() if value.is_floating_point() and name in self.model_inputs
+        }
+        differing = [name for name, value in changed.items() if value.shape != self.model_inputs[name].shape]
+        if differing or not changed:
+            held = ", ".join(f"{name} {list(value.shape)}" for name, value in self.model_inputs.items())
+            raise InputError(
+                f"blank images of the sizes {[visual.size for visual in visuals]} (height, width) make other inputs than "
+                f"generate was given ({held or 'nothing but ids'}); pass the same images, or evidence=False"
+            )
+        last, _ = forward(
+            self.model.hf_model, sequence[None, :-1], {**self.model_inputs, **changed}, -1, interpolate=False
+        )
+        return last[0]
+
+    def release(self) -> None:
+        """Give the memory back; nothing can be read any more."""
+        self.hidden, self.fed, self.model_inputs = [], [], {}
+        self._give_back()
+
+
+def captured_reading(
+    states: CapturedStates, out: Any, *, visuals: Sequence[Visual], prompt: str | None
+) -> tuple[ScaleStates, str]:
+    """States and layout of a captured generation, and where they come from (`capture` or `replay`).
+
+    Without `prompt`, every token before the response that is no image and no special token counts as user text.
+
+    Raises:
+        InputError: nothing was captured, `out` is not one sequence that begins with the captured prompt, or the
+            images are not as many as were captured.
+        TokenLayoutError: the captured inputs do not fit the model's grids.
+    """
+    model = states.model
+    sequences = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
+    if not isinstance(sequences, Tensor):
+        raise InputError(f"out is a {type(out).__name__}, expected what generate returned: sequences [1 seq]")
+    if sequences.ndim != 2 or sequences.shape[0] != 1:
+        raise InputError(
+            f"generate returned sequences {list(sequences.shape)}, expected [1 seq]; explain them one at a time"
+        )
+    prefill = states.prompt()
+    sequence = sequences[0].to(prefill.device)
+    start = len(prefill)
+    if not torch.equal(sequence[:start], prefill):
+        raise InputError(
+            f"out holds {len(sequence)} tokens that do not begin with the {start} tokens the captured model was given; "
+            "pass what generate returned, with the prompt in front"
+        )
+    hidden, source = states.read(sequence)
+    grids = grids_of(model.family, model.config, states.model_inputs)
+    n_frames = sum(len(visual.frames) for visual in visuals)
+    if visuals and n_frames != len(grids):
+        raise InputError(f"image holds {n_frames} images, but generate was given {len(grids)}; pass the same, or none")
+    shown = [(len(v.frames), extent_of(model.family, model.processor, v.size)) for v in visuals]
+    extents = shown or [(1, WHOLE_IMAGE)] * len(grids)
+    groups = group_images(prefill, model, extents, grids)
+    if prompt is None:
+        special = {*model.processor.tokenizer.all_special_ids, model.image_token_id}
+        positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
+    else:
+        positions = user_text(model, prompt, prefill)
+    return ScaleStates(hidden, sequence, TokenLayout(groups, positions, (start, len(sequence)))), source
+
+
+@contextmanager
+def capture(model: Model, *, buffer: StateBuffer = SHARED_BUFFER) -> Iterator[CapturedStates]:
+    """Read last-layer states along with the user's own `generate`.
+
+        with fastattr.capture(model) as states:
+            out = hf_model.generate(**inputs)
+        why = states.attribute(out)
+
+    One block captures one `generate`, so that states can never be those of another image. Threads and tasks may
+    capture the same model at the same time: each block sees only what runs in its own context (which
+    `asyncio.to_thread` carries along and a bare executor does not). When the last block of a model ends, also by an
+    exception, no hook is left behind.
+
+    Args:
+        buffer: whose pages the states are copied to; one of 256 MiB on the model's device, shared by the process, if
+            not given. Where it is full, states are read again in one forward when they are needed.
+    """
+    base = unwrap_peft(model.hf_model)
+    states = CapturedStates(model, buffer)
+    outer = _open.get()
+    _tap(base)
+    _open.set((*outer, (base, states)))
+    try:
+        yield states
+    finally:
+        _open.set(outer)
+        _untap(base)
+        states.end()
+
+
+# --- hooks on the model, for as long as anyone captures it ------------------------------------------------
+
+_open: ContextVar[tuple[tuple[Any, CapturedStates], ...]] = ContextVar("fastattr_captures", default=())
+_taps: dict[int, _Tap] = {}
+_lock = threading.Lock()
+
+
+@dataclass
+class _Tap:
+    """What was put onto one model.
+
+    Attributes:
+        own: the `generate` of the instance that was there before, if any.
+        users: blocks that capture it now.
+    """
+
+    own: Any
+    users: int = 0
+    handles: list[Any] = field(default_factory=list)
+
+
+def _capturing(base: Any) -> list[CapturedStates]:
+    """The blocks of this context that capture `base`."""
+    return [states for captured, states in _open.get() if captured is base]
+
+
+def _tap(base: Any) -> None:
+    with _lock:
+        tap = _taps.get(id(base))
+        if tap is None:
+            decoder = decoder_of(base)
+            tap = _taps[id(base)] = _Tap(own=base.__dict__.get("generate"))
+            generate = base.generate
+
+            def recording(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+                for states in _capturing(base):
+                    states.begin(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+                return generate(inputs, *args, **kwargs)
+
+            def feed(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+                for states in _capturing(base):
+                    states.feed(kwargs.get("input_ids", args[0] if args else None), kwargs)
+
+            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                for states in _capturing(base):
+                    states.keep(output if isinstance(output, Tensor) else output[0])
+
+            base.generate = recording
+            tap.handles = [
+                base.register_forward_pre_hook(feed, with_kwargs=True),
+                decoder.register_forward_hook(keep),
+            ]
+        tap.users += 1
+
+
+def _untap(base: Any) -> None:
+    with _lock:
+        tap = _taps[id(base)]
+        tap.users -= 1
+        if tap.users:
+            return
+        del _taps[id(base)]
+        if tap.own is None:
+            del base.generate
+        else:
+            base.generate = tap.own
+        for handle in tap.handles:
+            handle.remove()
