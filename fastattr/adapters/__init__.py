@@ -5,7 +5,7 @@
 """
 
 from fastattr.adapters.buffer import StateBuffer
-from fastattr.adapters.capture import CapturedStates, capture, captured_reading
+from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
