@@ -152,10 +152,11 @@ def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
         for match in _WORD.finditer(attribution.response)
         if match.group().lower().replace("’", "'") not in FUNCTION_WORDS
     ]
+    nats = evidence.tolist()
     return tuple(
         Selection(attribution, (span,), (targets,))
         for span, targets in zip(spans, _targets(attribution, spans), strict=True)
-        if float(evidence[list(targets)].sum()) < threshold
+        if sum(nats[target] for target in targets) < threshold
     )
 
 

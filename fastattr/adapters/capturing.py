@@ -104,9 +104,7 @@ class CapturedStates:
     @property
     def n_bytes(self) -> int:
         """What these states and inputs hold in memory."""
-        return sum(page.nbytes for page in self._pages.borrowed) + sum(
-            each.nbytes for each in self.model_inputs.values()
-        )
+        return sum([each.nbytes for each in (*self._pages.borrowed, *self.model_inputs.values())])
 
     def attribute(self, out: Any, **options: Any) -> Any:
         """Explain what `generate` returned. Options as in `fastattr.attribute_captured`."""

@@ -1,0 +1,434 @@
+"""`AttributionLogger`: what a server holds on to. Submitting takes microseconds and never raises; all else is elsewhere."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fastattr.errors import FastattrError, InputError
+from fastattr.log import inbox
+from fastattr.log.config import LogConfig, make_config
+from fastattr.log.counting import Complaints, Counts, LogStats
+from fastattr.log.processing import Processor
+from fastattr.log.record import check_metadata, check_request_id
+from fastattr.log.recorder import Recorder, new_writer
+from fastattr.log.requests import (
+    Captured,
+    Made,
+    Replay,
+    Request,
+    Submission,
+    as_images,
+    bytes_of,
+    prompt_of,
+    response_length,
+)
+from fastattr.log.sampling import rate_before, share_of
+from fastattr.log.segments import open_destination
+from fastattr.log.telemetry import Telemetry, caller
+from fastattr.types import Attribution
+
+if TYPE_CHECKING:
+    from fastattr.adapters import CapturedStates, Model, StateBuffer
+
+logger = logging.getLogger("fastattr")
+
+
+class AttributionLogger:
+    """Logs why a model said what it said.
+
+        logger = AttributionLogger("runs/attr", sample_rate=0.01)
+        with fastattr.capture(model) as states:
+            out = hf_model.generate(**inputs)
+        logger.submit(states, out, request_id="r-1", images=[picture], prompt="What is it?")
+
+    For threads, tasks and forked processes alike: each process has a worker thread, a room in the spool and counts of
+    its own. What is lost when a process is killed: what waits in memory, which is what the last `sync_s` seconds and
+    the queue hold. What is durable is published by the next process that logs there.
+
+    Args:
+        destination: a directory or an fsspec URL.
+        model: reads replays (`submit_replay`); without one they wait for `fastattr worker`.
+        options: as in `LogConfig`, which documents each.
+
+    Raises:
+        InputError: an option is unknown or out of range.
+        SaveError: the destination or the spool cannot be written to.
+    """
+
+    def __init__(self, destination: str | Path, *, model: Model | None = None, **options: Any) -> None:
+        self._open(make_config(destination, options), model)
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any], *, model: Model | None = None) -> AttributionLogger:
+        """The same from one mapping, as a configuration file holds it, see `LogConfig.from_mapping`."""
+        made = cls.__new__(cls)
+        made._open(LogConfig.from_mapping(mapping), model)
+        return made
+
+    def _open(self, config: LogConfig, model: Model | None) -> None:
+        self.config = config
+        self._model = model
+        self._destination = open_destination(config.destination, config.storage_options)
+        self._destination.check()
+        inbox.prepare(config)
+        self._buffer: StateBuffer | None = None
+        self._reset(closed=False)
+        _loggers.add(self)
+        atexit.register(_at_exit, weakref.ref(self))
+
+    def _reset(self, *, closed: bool) -> None:
+        """A process begins: nothing counted, nothing queued, no thread."""
+        self._closed = threading.Event()
+        if closed:
+            self._closed.set()
+        self._counts = Counts()
+        self._queue: queue.SimpleQueue[Request | _Mark] = queue.SimpleQueue()
+        self._numbers = itertools.count()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._processor: Processor | None = None
+        self._telemetry: Telemetry | None = None
+        self._writer = new_writer()
+        self._complaints = Complaints()
+
+    @property
+    def buffer(self) -> StateBuffer:
+        """Pages of `capture_bytes` for `fastattr.capture(model, buffer=logger.buffer)`."""
+        if self._buffer is None:
+            from fastattr.adapters import StateBuffer
+
+            self._buffer = StateBuffer(self.config.capture_bytes)
+        return self._buffer
+
+    # --- submitting: on the request's path -------------------------------------------------------------
+
+    def submit(
+        self,
+        states: CapturedStates,
+        out: Any,
+        *,
+        request_id: str,
+        images: Any = None,
+        prompt: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        error: bool = False,
+    ) -> bool:
+        """Queue what `generate` returned and `capture` saw. The states belong to the logger from here on.
+
+        Args:
+            out: the sequence `[1 seq]` or the output object of `generate`.
+            request_id: yours; decides whether the response is kept.
+            images: the pictures, for evidence, boxes in pixels and hashes. They must not be changed afterwards.
+            prompt: the user's text, to tell it from the chat template.
+            metadata: JSON values, at most 64 KiB.
+            error: something was wrong with this response.
+
+        Returns:
+            whether it was queued; where not, `stats()` counts why. Never raises.
+        """
+        accepted = self._submit(Captured(states, out), request_id, images, prompt, metadata, error)
+        if not accepted:
+            _release(states)
+        return accepted
+
+    def submit_replay(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        images: Any,
+        response_ids: Sequence[int],
+        *,
+        request_id: str,
+        metadata: Mapping[str, Any] | None = None,
+        error: bool = False,
+    ) -> bool:
+        """Queue what some engine answered, to be explained by a forward of the logger's model, or later by a worker.
+
+        Args:
+            messages: the user's text, or a chat of one turn.
+            images: the pictures the model was shown.
+            response_ids: token ids of the answer, never re-tokenised.
+            request_id, metadata, error: as in `submit`.
+
+        Returns:
+            whether it was queued. Never raises.
+        """
+        return self._submit(response_ids, request_id, images, messages, metadata, error)
+
+    def submit_attribution(
+        self,
+        why: Attribution,
+        *,
+        request_id: str,
+        images: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        error: bool = False,
+    ) -> bool:
+        """Queue an attribution that exists already. As `submit`."""
+        return self._submit(Made(why), request_id, images, why.prompt, metadata, error)
+
+    def _submit(self, job: Any, request_id: Any, images: Any, prompt: Any, metadata: Any, error: Any) -> bool:
+        counts = self._counts
+        try:
+            if self._closed.is_set():
+                counts.refuse("shutdown")
+                return False
+            given = check_request_id(request_id)
+            share = share_of(given)
+            if not isinstance(job, Captured | Made):
+                job = Replay(tuple(job.tolist() if hasattr(job, "tolist") else job))
+            rate = rate_before(self.config, error=bool(error), n_tokens=response_length(job))
+            if share >= max(rate, self.config.screen_rate):
+                counts.refuse("not_sampled")
+                return False
+            if self._processor is not None and self._processor.recorder.full:
+                counts.refuse("spool_full")
+                return False
+            if metadata:
+                check_metadata(metadata)
+            prompt = prompt if prompt is None else prompt_of(prompt)
+            submission = Submission(given, dict(metadata or {}), prompt, as_images(images), self.config.content)
+            if self.config.redact is not None:
+                redacted = _redacted(self.config.redact, submission)
+                if redacted is None or isinstance(redacted, Exception):
+                    counts.refuse("redacted" if redacted is None else "redaction_failed")
+                    if redacted is not None:
+                        self._complaints.say("redact", "a response was dropped: redact failed: %r", redacted)
+                    return False
+                submission = redacted
+            n_bytes = bytes_of(job, submission.images)
+            if self._thread is None:
+                self._start()
+            if not counts.accept(n_bytes, self.config.queue_bytes):
+                return False
+            self._queue.put(
+                Request(
+                    record_id=f"{self._writer}-{next(self._numbers):010d}",
+                    submission=submission,
+                    job=job,
+                    time_ns=time.time_ns(),
+                    queued_s=time.monotonic(),
+                    caller=caller() if self.config.telemetry else None,
+                    error=bool(error),
+                    share=share,
+                    rate=rate,
+                    n_bytes=n_bytes,
+                )
+            )
+            if self._closed.is_set() and not self._is_working():  # shut down while this was on its way
+                self._drain()
+                return False
+            return True
+        except Exception as problem:  # a request must not fail because its log did
+            reason = "invalid" if isinstance(problem, FastattrError) else type(problem).__name__
+            counts.refuse(reason)
+            self._complaints.say(reason, "response %.80r was not logged: %s", request_id, problem)
+            return False
+
+    def _is_working(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    # --- the worker thread ------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is not None:
+                return
+            if self.config.telemetry:
+                self._telemetry = Telemetry(self.stats, self.config.destination)
+            recorder = Recorder(self.config, self._destination, self._writer, self._counts.stats)
+            self._processor = Processor(self.config, recorder, self._counts, self._telemetry, self._model)
+            thread = threading.Thread(target=self._work, args=(self._processor,), name="fastattr-log", daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def _work(self, processor: Processor) -> None:
+        waiting: list[_Mark] = []
+        while True:
+            due_s = processor.due_s
+            item: Request | _Mark | None
+            try:
+                item = self._queue.get(timeout=min(due_s, 1.0)) if due_s > 0 else self._queue.get_nowait()
+            except queue.Empty:
+                item = None
+            if isinstance(item, Request):
+                self._take(processor, item)
+            elif item is not None:
+                waiting.append(item)
+            if waiting or item is None or processor.due_s <= 0:
+                done = processor.commit()
+                if done:
+                    for mark in waiting:
+                        mark.done.set()
+                    if any(mark.last for mark in waiting):
+                        return
+                    waiting = []
+                elif any(mark.expired for mark in waiting):
+                    waiting = [mark for mark in waiting if not mark.expired]
+                    if self._closed.is_set() and not waiting:
+                        return
+                elif waiting:
+                    time.sleep(0.05)  # the disk refuses; try again while there is time
+
+    def _take(self, processor: Processor, request: Request) -> None:
+        if self._for_worker(request):
+            try:
+                inbox.put(self.config, request)
+            except Exception as error:
+                self._counts.fail(type(error).__name__, request.n_bytes)
+                self._complaints.say("inbox", "a request for the worker could not be written: %s", error)
+            else:
+                self._counts.wrote(1, request.n_bytes, handed_over=True)
+            if isinstance(request.job, Captured):
+                request.job.states.release()
+            return
+        processor.process(request)
+
+    def _for_worker(self, request: Request) -> bool:
+        if isinstance(request.job, Made):
+            return False
+        return self.config.explain == "worker" or (isinstance(request.job, Replay) and self._model is None)
+
+    # --- waiting and ending -----------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float = 30.0) -> bool:
+        """Wait until everything submitted before is durable. Returns whether it is, in time."""
+        if not self._is_working():
+            return self._counts.stats().in_flight == 0
+        mark = _Mark(threading.Event(), last=False, until_s=time.monotonic() + timeout_s)
+        self._queue.put(mark)
+        return mark.done.wait(timeout_s)
+
+    def shutdown(self, timeout_s: float = 30.0) -> bool:
+        """Stop accepting, make everything durable and publish it.
+
+        Returns:
+            whether all of it is published in time; what is not stays in the spool for the next start, and what is not
+            durable yet is dropped and counted as `shutdown`. A second call does nothing.
+        """
+        return self._shut(timeout_s, publish=True)
+
+    def _shut(self, timeout_s: float, *, publish: bool) -> bool:
+        with self._starting:
+            if self._closed.is_set():
+                return True
+            self._closed.set()
+        until_s = time.monotonic() + timeout_s
+        thread, processor = self._thread, self._processor
+        done = True
+        if thread is not None and processor is not None:
+            mark = _Mark(threading.Event(), last=True, until_s=until_s)
+            self._queue.put(mark)
+            done = mark.done.wait(timeout_s)
+            if not done:
+                self._drain()
+            thread.join(max(0.1, until_s - time.monotonic()))
+            if not thread.is_alive():  # else it is in the middle of something that takes longer
+                self._drain()
+                processor.abandon("shutdown")
+                done = processor.recorder.close(max(0.5, until_s - time.monotonic()), publish=publish) and done
+        if self._telemetry is not None:
+            self._telemetry.close()
+        return done
+
+    def _drain(self) -> None:
+        """Drop what is still queued."""
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(item, Request):
+                self._counts.drop("shutdown", item.n_bytes)
+                if isinstance(item.job, Captured):
+                    _release(item.job.states)
+
+    def stats(self) -> LogStats:
+        """What became of all submissions of this process, at one moment."""
+        return self._counts.stats()
+
+    def __enter__(self) -> AttributionLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def __repr__(self) -> str:
+        return f"AttributionLogger({self.config.destination!r}, {self.stats()})"
+
+
+@dataclass(frozen=True, eq=False)
+class _Mark:
+    """Something to be told when everything queued before is durable."""
+
+    done: threading.Event
+    last: bool
+    until_s: float
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() > self.until_s
+
+
+def _redacted(redact: Any, submission: Submission) -> Submission | Exception | None:
+    """What the callback leaves, or what it raised."""
+    try:
+        left = redact(submission)
+        if left is None:
+            return None
+        if not isinstance(left, Submission):
+            raise InputError(f"redact returned a {type(left).__name__}, expected a Submission or None")
+        if left.metadata:
+            check_metadata(left.metadata)
+        return replace(left, request_id=check_request_id(left.request_id), images=tuple(left.images))
+    except Exception as error:
+        return error
+
+
+def _release(states: Any) -> None:
+    release = getattr(states, "release", None)
+    if callable(release):
+        release()
+
+
+# --- processes ------------------------------------------------------------------------------------------
+
+_loggers: weakref.WeakSet[AttributionLogger] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child has no thread of ours, and what is queued or counted is the parent's."""
+    for each in list(_loggers):
+        if each._processor is not None:
+            each._processor.recorder.forget()
+        if each._buffer is not None:
+            each._buffer.after_fork()
+        each._reset(closed=each._closed.is_set())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _at_exit(reference: weakref.ref[AttributionLogger]) -> None:
+    """The interpreter ends without `shutdown`: write the local disk, leave remote stores to the next start."""
+    each = reference()
+    if each is None or each._closed.is_set():
+        return
+    each._shut(each.config.exit_timeout_s, publish=each._destination.is_local)
+    left = each.stats()
+    if left.in_flight or left.dropped.get("shutdown"):
+        logger.warning("the interpreter ended before shutdown(): %s", left)

@@ -1,0 +1,225 @@
+"""Requests to durable records, on one thread: explain, keep or drop, write, tell whoever wants to know."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fastattr.errors import SaveError
+from fastattr.log.config import LogConfig
+from fastattr.log.counting import Complaints, Counts
+from fastattr.log.drift import DriftMonitor
+from fastattr.log.explaining import Explained, explain
+from fastattr.log.record import Envelope, to_batch
+from fastattr.log.recorder import Recorder
+from fastattr.log.requests import Captured, Request
+from fastattr.log.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from fastattr.adapters import Model
+    from fastattr.log.telemetry import Caller
+
+MAX_PENDING_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A record that is durable, for the `on_record` callback.
+
+    Attributes:
+        time: when it was submitted, in UTC.
+        mean_evidence, min_evidence: nats, or None without evidence.
+        low_evidence: words below the calibrated threshold, or None without evidence.
+        mean_log_prob: nats.
+        mean_image_share: the images' part of the maps, in [0, 1].
+    """
+
+    record_id: str
+    request_id: str
+    time: datetime
+    model: str
+    model_revision: str | None
+    n_tokens: int
+    mean_evidence: float | None
+    min_evidence: float | None
+    low_evidence: int | None
+    mean_log_prob: float
+    mean_image_share: float
+    error: bool
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    batch: pa.RecordBatch
+    logged: Logged
+    caller: Caller | None
+    signals: Mapping[str, float]
+
+
+class Processor:
+    """Takes requests one after the other. Never raises: what goes wrong is counted and, now and then, logged."""
+
+    def __init__(
+        self,
+        config: LogConfig,
+        recorder: Recorder,
+        counts: Counts,
+        telemetry: Telemetry | None,
+        model: Model | None,
+    ) -> None:
+        self.recorder = recorder
+        self._config, self._counts, self._telemetry, self._model = config, counts, telemetry, model
+        self._monitor = None if config.on_alert is None else DriftMonitor(on_alert=config.on_alert)
+        self._complaints = Complaints()
+        self._sequence = 0
+        self._pending: list[_Row] = []
+        self._oldest_s = math.inf
+
+    def process(self, request: Request) -> None:
+        """Explain one request. Its row waits for `commit`."""
+        began_s = time.monotonic()
+        try:
+            explained = explain(request, self._config, self._model)
+            row = self._row(request, explained, began_s)
+        except BaseException as error:  # a callback of the user's or torch may raise anything; the thread must live
+            self._counts.fail(type(error).__name__, request.n_bytes)
+            self._complaints.say(
+                type(error).__name__,
+                "response %.80r was not explained: %s: %s",
+                request.submission.request_id,
+                type(error).__name__,
+                error,
+            )
+            return
+        finally:
+            if isinstance(request.job, Captured):
+                request.job.states.release()
+        if self._telemetry is not None:
+            self._telemetry.explained(request.caller, time.monotonic() - began_s)
+        if not self._kept(request, row.logged):
+            self._counts.drop("not_low_evidence", request.n_bytes)
+            return
+        self._sequence += 1
+        self._counts.explained(request.n_bytes, row.batch.nbytes, mismatch=explained.mismatch)
+        self._oldest_s = min(self._oldest_s, time.monotonic())
+        self._pending.append(row)
+
+    @property
+    def due_s(self) -> float:
+        """Seconds until `commit` should be called; infinite where nothing waits."""
+        if len(self._pending) >= MAX_PENDING_ROWS:
+            return 0.0
+        return max(0.0, self._oldest_s + self._config.sync_s - time.monotonic())
+
+    def commit(self) -> bool:
+        """Make all rows durable. Returns False where the disk refuses; they wait, and a later call tries again."""
+        rows, n_bytes = self._pending, sum(row.batch.nbytes for row in self._pending)
+        if rows:
+            try:
+                self.recorder.write([row.batch for row in rows])
+            except SaveError as error:
+                self._complaints.say("write", "%d records wait in memory: %s", len(rows), error)
+                self._oldest_s = time.monotonic()  # not again at once
+                return False
+            self._pending, self._oldest_s = [], math.inf
+            self._counts.wrote(len(rows), n_bytes)
+            for row in rows:
+                self._tell(row)
+        self.recorder.tick()
+        return True
+
+    def abandon(self, reason: str) -> None:
+        """Give up rows that cannot be written, at the very end."""
+        for row in self._pending:
+            self._counts.drop(reason, row.batch.nbytes)
+        self._pending, self._oldest_s = [], math.inf
+
+    def _row(self, request: Request, explained: Explained, began_s: float) -> _Row:
+        submission, caller = request.submission, request.caller
+        envelope = Envelope(
+            record_id=request.record_id,
+            request_id=submission.request_id,
+            time=datetime.fromtimestamp(request.time_ns / 1e9, timezone.utc),
+            writer=self.recorder.writer,
+            sequence=self._sequence,
+            model_revision=self._config.model_revision,
+            trace_id=None if caller is None else caller.trace_hex,
+            span_id=None if caller is None else caller.span_hex,
+            error=request.error,
+            metadata=submission.metadata,
+            image_sha256=explained.image_sha256,
+            images=explained.images,
+            queued_ms=1e3 * (began_s - request.queued_s),
+            explain_ms=1e3 * (time.monotonic() - began_s),
+        )
+        batch = to_batch(explained.why, envelope, submission.content)
+        value = {name: batch.column(name)[0].as_py() for name in _LOGGED}
+        logged = Logged(
+            record_id=envelope.record_id,
+            request_id=envelope.request_id,
+            time=envelope.time,
+            model_revision=envelope.model_revision,
+            error=envelope.error,
+            metadata=envelope.metadata,
+            **value,
+        )
+        return _Row(batch, logged, caller, {} if self._monitor is None else signals_of(batch))
+
+    def _kept(self, request: Request, logged: Logged) -> bool:
+        low = bool(logged.low_evidence) and request.share < self._config.low_evidence_rate
+        return request.share < request.rate or low
+
+    def _tell(self, row: _Row) -> None:
+        logged = row.logged
+        if self._telemetry is not None:
+            self._telemetry.evaluated(
+                row.caller,
+                record_id=logged.record_id,
+                request_id=logged.request_id,
+                model=logged.model,
+                model_revision=logged.model_revision,
+                n_tokens=logged.n_tokens,
+                mean_evidence=logged.mean_evidence,
+                low_evidence=logged.low_evidence,
+            )
+        if self._monitor is not None:
+            self._monitor.observe(logged.model, logged.model_revision, row.signals)
+        if self._config.on_record is not None:
+            try:
+                self._config.on_record(logged)
+            except Exception as error:
+                self._counts.callback_failed()
+                self._complaints.say("on_record", "on_record failed: %r", error)
+
+
+_LOGGED = (
+    "model",
+    "n_tokens",
+    "mean_evidence",
+    "min_evidence",
+    "low_evidence",
+    "mean_log_prob",
+    "mean_image_share",
+)
+
+
+def signals_of(batch: pa.RecordBatch) -> dict[str, float]:
+    """What drift is watched on: means over the tokens of one response, where they are finite."""
+    tokens = batch.column("tokens").values
+    means = {
+        "evidence": batch.column("mean_evidence")[0].as_py(),
+        "image_share": batch.column("mean_image_share")[0].as_py(),
+        **{
+            name: float(np.mean(tokens.field(name).to_numpy(zero_copy_only=False)))
+            for name in ("entropy", "peak_ratio", "area")
+        },
+    }
+    return {name: value for name, value in means.items() if value is not None and math.isfinite(value)}

@@ -1,0 +1,235 @@
+"""Rows to durable records, and durable records to published segments. Used by one thread; publishes on another."""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from fastattr.errors import FastattrError
+from fastattr.log.config import LogConfig
+from fastattr.log.counting import Complaints, LogStats
+from fastattr.log.rooms import Room, open_room
+from fastattr.log.segments import Destination, recover
+from fastattr.log.spool import SpoolWriter, spool_name
+
+TALLY_EVERY_S = 5.0
+EXPIRE_EVERY_S = 3600.0
+RETRY_S = (1.0, 60.0)  # first and longest wait before a publication is tried again
+
+
+def new_writer() -> str:
+    return uuid.uuid4().hex[:16]
+
+
+class Recorder:
+    """The storage of one writer.
+
+    Args:
+        writer: from `new_writer`; its room and its segments carry this name.
+        stats: what the writer's tally says.
+
+    Raises:
+        SaveError: the room cannot be made.
+    """
+
+    def __init__(self, config: LogConfig, destination: Destination, writer: str, stats: Callable[[], LogStats]) -> None:
+        self.writer = writer
+        self.full = False  # more than `spool_bytes` wait; read by other threads
+        self._config = config
+        self._room = open_room(config.spool_path, writer)
+        self._spool: SpoolWriter | None = None
+        self._spool_number = 0
+        self._spool_began_s = 0.0
+        self._publisher = Publisher(config, destination, self._room, stats)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What lies in the spool and is not published yet."""
+        return self._publisher.waiting_bytes + (0 if self._spool is None else self._spool.n_bytes)
+
+    def write(self, rows: Sequence[pa.RecordBatch]) -> None:
+        """Make rows durable: when this returns they are found again, whatever happens.
+
+        Raises:
+            SaveError: the disk refuses; nothing was written, and the same rows may be given again.
+        """
+        if self._spool is None:
+            today = datetime.now(timezone.utc).date()
+            self._spool = SpoolWriter(self._room.path / spool_name(today, self._spool_number))
+            self._spool_number += 1
+            self._spool_began_s = time.monotonic()
+        self._spool.append(rows)
+        self._spool.sync()
+        if self._spool.n_bytes >= self._config.segment_bytes:
+            self.rotate()
+        self.tick()
+
+    def tick(self) -> None:
+        """Hand over a spool file that is old enough, and see how full the spool is."""
+        self.full = self.waiting_bytes > self._config.spool_bytes
+        if self._spool is not None and time.monotonic() - self._spool_began_s >= self._config.segment_age_s:
+            self.rotate()
+
+    def rotate(self) -> None:
+        """Close the spool file and have it published."""
+        if self._spool is None:
+            return
+        spool, self._spool = self._spool, None
+        spool.close()
+        self._publisher.publish(spool.path)
+
+    def close(self, timeout_s: float, *, publish: bool) -> bool:
+        """Close the room, after publishing what is there. Returns whether all of it is published.
+
+        Args:
+            publish: False leaves it to the next start, which recovers this room.
+        """
+        if publish:
+            self.rotate()
+        elif self._spool is not None:
+            self._spool.close()
+            self._spool = None
+        done = self._publisher.stop(timeout_s if publish else 0.0)
+        self._room.close()
+        return done
+
+    def forget(self) -> None:
+        """In a forked child: let go of what is the parent's without touching it."""
+        self._room.forget()
+
+
+class Publisher:
+    """Publishes closed spool files in order, on a thread of its own: a store that hangs holds up nobody else."""
+
+    def __init__(self, config: LogConfig, destination: Destination, room: Room, stats: Callable[[], LogStats]) -> None:
+        self._config, self._destination, self._room, self._stats = config, destination, room, stats
+        self._paths: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._waiting: list[Path] = []
+        self._sizes: dict[Path, int] = {}
+        self._started = datetime.now(timezone.utc)
+        self._damaged_frames = 0
+        self._stopping, self._abandoned = threading.Event(), threading.Event()
+        self._complaints = Complaints()
+        self._thread = threading.Thread(target=self._run, name="fastattr-publisher", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting_bytes(self) -> int:
+        return sum(list(self._sizes.values()))
+
+    def publish(self, path: Path) -> None:
+        self._sizes[path] = path.stat().st_size
+        self._paths.put(path)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Publish what waits, as long as there is time, and write the last tally. Returns whether nothing is left."""
+        self._stopping.set()
+        self._paths.put(None)
+        self._thread.join(timeout_s)
+        self._abandoned.set()
+        return not self._thread.is_alive() and not self._sizes
+
+    def _run(self) -> None:
+        self._recover()
+        told: LogStats | None = None
+        tally_s = expire_s = -math.inf
+        wait_s = RETRY_S[0]
+        while not self._abandoned.is_set():
+            self._collect(wait_s if self._waiting else TALLY_EVERY_S)
+            while self._waiting and self._publish(self._waiting[0]):
+                self._waiting.pop(0)
+                wait_s = RETRY_S[0]
+            if self._waiting:
+                wait_s = RETRY_S[0] if self._stopping.is_set() else min(2 * wait_s, RETRY_S[1])
+            elif self._stopping.is_set() and self._paths.empty():
+                self._tell(closed=True)
+                return
+            now_s = time.monotonic()
+            if now_s - tally_s >= TALLY_EVERY_S and (stats := self._stats()) != told:
+                self._tell(closed=False)
+                tally_s, told = now_s, stats
+            if self._config.retention_days is not None and now_s - expire_s >= EXPIRE_EVERY_S:
+                self._expire(self._config.retention_days)
+                expire_s = now_s
+
+    def _collect(self, timeout_s: float) -> None:
+        """Wait for paths, and take all that are there."""
+        try:
+            path = self._paths.get(timeout=timeout_s)
+            while True:
+                if path is not None:
+                    self._waiting.append(path)
+                path = self._paths.get_nowait()
+        except queue.Empty:
+            return
+
+    def _recover(self) -> None:
+        """Publish what dead processes left behind."""
+        try:
+            found = recover(self._config.spool_path, self._destination)
+        except FastattrError as error:
+            self._complaints.say("recover", "records of an earlier process stay in the spool for now: %s", error)
+        else:
+            self._damaged_frames += found.damaged_frames
+
+    def _publish(self, path: Path) -> bool:
+        try:
+            published = self._destination.publish(path, self._room.writer)
+        except FastattrError as error:
+            self._complaints.say("publish", "a segment stays in the spool and is tried again: %s", error)
+            return False
+        if published is not None:
+            self._damaged_frames += published.damaged_frames
+        self._sizes.pop(path, None)
+        return True
+
+    def _expire(self, days: int) -> None:
+        try:
+            self._destination.expire(days, datetime.now(timezone.utc).date())
+        except FastattrError as error:
+            self._complaints.say("expire", "old records could not be deleted: %s", error)
+
+    def _tell(self, *, closed: bool) -> None:
+        tally = as_tally(
+            self._stats(),
+            writer=self._room.writer,
+            started=self._started,
+            closed=closed,
+            damaged_frames=self._damaged_frames,
+        )
+        try:
+            self._destination.write_tally(self._room.writer, tally)
+        except FastattrError as error:
+            self._complaints.say("tally", "the counts of this process could not be written: %s", error)
+
+
+def as_tally(
+    stats: LogStats, *, writer: str, started: datetime, closed: bool, damaged_frames: int
+) -> Mapping[str, Any]:
+    """What a writer says of itself, for `fastattr log doctor`."""
+    return {
+        "writer": writer,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": started.isoformat(),
+        "updated": datetime.now(timezone.utc).isoformat(),
+        "closed": closed,
+        "submitted": stats.submitted,
+        "written": stats.written,
+        "handed_over": stats.handed_over,
+        "dropped": dict(stats.dropped),
+        "failed": dict(stats.failed),
+        "in_flight": stats.in_flight,
+        "damaged_frames": damaged_frames,
+    }

@@ -1,0 +1,183 @@
+"""What is queued: a response that is to be explained, and what is known of it before."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fastattr.errors import ImageError, InputError
+from fastattr.images import read_image
+from fastattr.log.record import Content
+from fastattr.types import Attribution
+
+if TYPE_CHECKING:
+    from fastattr.adapters import CapturedStates
+    from fastattr.log.telemetry import Caller
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a redaction callback sees and returns, changed by `dataclasses.replace`.
+
+    Attributes:
+        metadata: the caller's.
+        prompt: the user's text, if it was given.
+        images: as they were given; a video is a list of frames.
+        content: what of the response will be kept.
+    """
+
+    request_id: str
+    metadata: Mapping[str, Any]
+    prompt: str | None
+    images: tuple[Any, ...]
+    content: Content
+
+
+class Captured(NamedTuple):
+    """States of a `generate` call, and what it returned."""
+
+    states: CapturedStates
+    out: Any
+
+
+class Replay(NamedTuple):
+    """The ids some engine answered with, to be read by the model in one forward."""
+
+    response_ids: tuple[int, ...]
+
+
+class Made(NamedTuple):
+    """An attribution that exists already."""
+
+    why: Attribution
+
+
+class Request(NamedTuple):  # made on the request's path: a third of a frozen dataclass's time
+    """One response on its way to a record.
+
+    Attributes:
+        record_id: unique.
+        time_ns: when it was submitted, by the wall clock.
+        queued_s: the same by the monotonic clock of this process.
+        share: hash of the request id in [0, 1).
+        rate: it is kept where `share` is below this, or below the rate of low evidence.
+        n_bytes: what it holds in memory.
+        image_sha256: of the pictures as they were given, where it went through the disk; else None.
+    """
+
+    record_id: str
+    submission: Submission
+    job: Captured | Replay | Made
+    time_ns: int
+    queued_s: float
+    caller: Caller | None
+    error: bool
+    share: float
+    rate: float
+    n_bytes: int
+    image_sha256: tuple[str, ...] | None = None
+
+
+def prompt_of(messages: str | Sequence[Mapping[str, Any]]) -> str:
+    """The user's text of a chat of one turn.
+
+    Args:
+        messages: the text itself, or one message of the user: `{"role": "user", "content": text or parts}`, where parts
+            of text come as `{"type": "text", "text": ...}`. Images are given beside it.
+
+    Raises:
+        InputError: there are other messages, or no text: they would be explained as if they had not been there.
+    """
+    if isinstance(messages, str):
+        return messages
+    shown = [each.get("role") for each in messages] if _are_mappings(messages) else type(messages).__name__
+    if not _are_mappings(messages) or shown != ["user"]:
+        raise InputError(f"the messages are by {shown}, expected text or one message of the user")
+    content = messages[0].get("content")
+    if isinstance(content, str):
+        return content
+    if content is None or not _are_mappings(content):
+        raise InputError(f"the content of the message is a {type(content).__name__}, expected text or a list of parts")
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise InputError(f"the message holds {len(texts)} parts of text, expected one")
+    return texts[0]
+
+
+def _are_mappings(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(each, Mapping) for each in values)
+
+
+def as_images(images: Any) -> tuple[Any, ...]:
+    """Images as `attribute` takes them: one, a list of them, or nothing."""
+    if images is None:
+        return ()
+    return tuple(images) if isinstance(images, list | tuple) else (images,)
+
+
+def bytes_of(job: Captured | Replay | Made, images: Sequence[Any]) -> int:
+    """What a job and its images hold in memory, nearly."""
+    held = sum(_image_bytes(image) for image in images)
+    if isinstance(job, Captured):
+        return held + job.states.n_bytes
+    if isinstance(job, Replay):
+        return held + sys.getsizeof(job.response_ids)
+    why = job.why
+    tensors = [*why.image, why.context, why.relevance, why.log_prob]
+    return held + sum(each.nbytes for each in tensors if each is not None) + sum(each.nbytes for each in why.pictures)
+
+
+def _image_bytes(image: Any) -> int:
+    if isinstance(image, list | tuple):
+        return sum(_image_bytes(frame) for frame in image)
+    if isinstance(image, Image.Image):
+        return image.width * image.height * len(image.getbands())
+    if isinstance(image, bytes | bytearray | memoryview):
+        return len(image)
+    return int(getattr(image, "nbytes", 0))
+
+
+def digest(image: Any) -> str:
+    """SHA-256 of a picture as it was given: of the file's bytes, or of size and RGB pixels where there is no file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if isinstance(image, list | tuple):
+        return hashlib.sha256("".join(digest(frame) for frame in image).encode()).hexdigest()
+    if isinstance(image, bytes | bytearray | memoryview):
+        return hashlib.sha256(image).hexdigest()
+    if isinstance(image, str | Path):
+        try:
+            return hashlib.sha256(Path(image).read_bytes()).hexdigest()
+        except (OSError, ValueError) as error:
+            raise ImageError(f"image {str(image)[:80]!r} cannot be read: {error}") from error
+    picture = read_image(image)
+    return hashlib.sha256(f"{picture.width} {picture.height} ".encode() + picture.tobytes()).hexdigest()
+
+
+def to_png(frame: np.ndarray) -> bytes:
+    """A uint8 `[height width 3]` picture as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def response_length(job: Captured | Replay | Made) -> int:
+    """Response tokens of a job, without waiting for a device."""
+    if isinstance(job, Made):
+        return len(job.why)
+    if isinstance(job, Replay):
+        return len(job.response_ids)
+    sequences = job.out if isinstance(job.out, Tensor) else getattr(job.out, "sequences", None)
+    prompt = job.states.prompt_ids
+    return 0 if sequences is None or prompt is None else max(0, sequences.shape[-1] - len(prompt))
