@@ -7,12 +7,11 @@ coherent and kept, context that does not is interference and is suppressed.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastattr import ops
 from fastattr.errors import InputError
-from fastattr.types import AttributionConfig, OutputHead, ScaleStates, TokenLayout
+from fastattr.types import AttributionConfig, OutputHead, ScaleStates
 
 
 def rankings(states: ScaleStates, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -55,16 +54,17 @@ def interference(
     scores: Tensor,
     counts: Tensor,
     ranked: Tensor | None,
-    layout: TokenLayout,
+    n_before: int,
     config: AttributionConfig,
     backend: str,
 ) -> tuple[Tensor | None, Tensor]:
     """How much each context token counts as interference, and (ARC) how alike it and the target predict.
 
     Args:
-        scores: `[target context]`, see `Activations.scores`.
+        scores: `[target context]`, see `context_activations`; the targets are the last of the context tokens.
         counts: bool `[target context]`, see `counting`.
         ranked: int32 `[context k]`, see `rankings`; None for TAM.
+        n_before: context tokens before the first of these targets.
 
     Returns:
         relevance in [0, 1] (None for TAM), and weights, not negative, both `[target context]`; relevance is 0 where
@@ -72,27 +72,28 @@ def interference(
     """
     if ranked is None:
         return None, scores * counts
-    n_prompt = len(layout.prompt)
     return ops.arc_weight(
-        ranked[n_prompt:],
+        ranked[n_before:],
         ranked,
         config.rbo_p,
         counts,
         scores if config.arc_weight == "product" else None,
-        n_before=n_prompt,
+        n_before=n_before,
         backend=backend,
     )
 
 
-def counting(states: ScaleStates, causal: Tensor, config: AttributionConfig) -> Tensor:
+def counting(ids: Tensor, causal: Tensor, n_prompt: int, config: AttributionConfig) -> Tensor:
     """bool `[target context]`: which context tokens may be interference.
 
-    They stand before the target (`causal`, bool `[target context]`), are of the part `config.context` names, and do not repeat the target's id.
+    They stand before the target, are of the part `config.context` names, and do not repeat the target's id.
+
+    Args:
+        ids: `[context]`, the last of them the targets'.
+        causal: bool `[target context]`, whether the context token stands before the target.
+        n_prompt: context tokens of the user's text.
     """
-    layout = states.layout
-    n_prompt = len(layout.prompt)
-    ids = states.input_ids[torch.tensor(layout.context, device=states.input_ids.device)]
-    counts = causal & (ids[n_prompt:, None] != ids[None, :])
+    counts = causal & (ids[-len(causal) :, None] != ids[None, :])
     if config.context == "prompt":
         counts[:, n_prompt:] = False
     elif config.context == "response":

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,23 +40,26 @@ def describe_maps(image: Sequence[Tensor], context: Tensor) -> Descriptors:
         image: for each image `[target t h w]` in [0, 1].
         context: `[target context]` in [0, 1], normalised with the maps.
     """
-    cells = torch.cat([maps.flatten(1) for maps in image], dim=1).double()
+    cells = torch.cat([maps.flatten(1) for maps in image], dim=1).float().cpu()
     n = cells.shape[1]
-    mass = cells.sum(dim=1)
+    ordered = torch.from_numpy(np.sort(cells.numpy(), axis=1))  # ten times as fast as torch's
+    below = ordered.cumsum(dim=1, dtype=torch.float64)
+    mass = below[:, -1]
     lit = mass > 0
-    share = cells / torch.where(lit, mass, 1.0)[:, None]
-    # cells needed, largest first, until their mass reaches the level; rounding must not ask for one more
-    reached = share.sort(dim=1, descending=True).values.cumsum(dim=1) >= MASS - 1e-9
-    needed = n - reached.sum(dim=1) + 1
-    entropy = -torch.xlogy(share, share).sum(dim=1) / (math.log(n) if n > 1 else 1.0)
-    joint = mass + context.double().sum(dim=1)
+    whole = torch.where(lit, mass, 1.0)
+    # cells that may go, smallest first, while what stays holds the level; rounding must not ask for one more
+    spare = (below <= (1 - MASS + 1e-9) * mass[:, None]).sum(dim=1)
+    share = cells / whole[:, None].float()
+    surprise = share.clamp_min(1e-38).log_().mul_(share)  # x log x, 0 at 0
+    entropy = -surprise.sum(dim=1, dtype=torch.float64) / (math.log(n) if n > 1 else 1.0)
+    joint = mass + context.cpu().sum(dim=1, dtype=torch.float64)
 
     def known(values: Tensor) -> Tensor:
         return torch.where(lit, values, 0.0).float()
 
     return Descriptors(
         image_share=known(mass / torch.where(lit, joint, 1.0)),
-        peak_ratio=known(share.amax(dim=1) * n),
+        peak_ratio=known(ordered[:, -1] * n / whole),
         entropy=known(entropy),
-        area=known(needed / n),
+        area=known((n - spare) / n),
     )

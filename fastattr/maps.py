@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,33 +13,24 @@ from fastattr.errors import InputError, StatesError, TokenLayoutError
 from fastattr.types import OutputHead, ScaleStates
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What one scale's states say about every target (TAM, section 3.1).
+def image_activations(states: ScaleStates, head: OutputHead, context: slice = slice(None)) -> Tensor:
+    """How active the class of each context token is at each image position (TAM, section 3.1), `[context image]`.
 
-    Attributes:
-        image: `[target image]`, the target's class at each image position.
-        context_image: `[context image]`, each context token's own class at each image position.
-        scores: `[target context]`, the target's class where the context token stands.
+    Response tokens are context tokens too, the last ones: their rows are the targets' own activations.
+
+    Args:
+        context: which context tokens.
     """
+    layout, hidden = states.layout, states.hidden_states
+    ids = states.input_ids[_index(layout.context[context], hidden)]
+    return class_activations(hidden[_index(layout.image_positions, hidden)], head, ids)
 
-    image: Tensor
-    context_image: Tensor
-    scores: Tensor
 
-
-def activations(states: ScaleStates, head: OutputHead) -> Activations:
-    """Read the logit lens of all targets and all context tokens at once. Only rows of ids that occur are used."""
-    layout = states.layout
-    hidden = states.hidden_states
-    context_ids = states.input_ids[_index(layout.context, hidden)]
-    n_prompt = len(layout.prompt)
-
-    # response tokens are context tokens too: their rows are the last ones
-    context_image = class_activations(hidden[_index(layout.image_positions, hidden)], head, context_ids)
-    context_states = hidden[_index(layout.context_predictors, hidden)]
-    scores = class_activations(context_states, head, context_ids[n_prompt:])
-    return Activations(context_image[n_prompt:], context_image, scores)
+def context_activations(states: ScaleStates, head: OutputHead, targets: slice, n_context: int) -> Tensor:
+    """How active the targets' classes are where each of the first `n_context` context tokens stands, `[target context]`."""
+    layout, hidden = states.layout, states.hidden_states
+    read = hidden[_index(layout.context_predictors[:n_context], hidden)]
+    return class_activations(read, head, states.target_ids[targets])
 
 
 def class_activations(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.arc import counting, interference, rankings
 from fastattr.compat import tam_slots
-from fastattr.errors import TokenLayoutError
+from fastattr.errors import InputError, TokenLayoutError
 from fastattr.maps import (
-    Activations,
-    activations,
     check_finite,
     check_states,
+    context_activations,
+    image_activations,
     is_degenerate,
     joint_range,
     log_probs,
@@ -25,159 +25,274 @@ from fastattr.maps import (
     normalise_scores,
     score_range,
 )
+from fastattr.memory import Disk, Shape, plan
 from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
-from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenLayout, TokenMaps
-
-# of one block of targets' maps, of which a few live at once
-CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 2**21, 2**26
+from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenMaps
 
 
 @torch.no_grad()
-def explain_states(readings: Sequence[ScaleStates], head: OutputHead, config: AttributionConfig) -> TokenMaps:
-    """The method on states that are already read, all targets together.
+def explain_states(
+    readings: Sequence[ScaleStates], head: OutputHead, config: AttributionConfig, *, memory_limit: int | None = None
+) -> TokenMaps:
+    """The method on states that are already read, a block of targets at a time.
 
     Args:
         readings: one for each scale of `config.scales`, in that order.
+        memory_limit: bytes that results and work may take beside states and model, see `fastattr.memory`; results that
+            do not fit lie in a temporary file.
 
     Returns:
         maps and scores on the CPU.
 
     Raises:
         BackendError: the backend was asked for by name and cannot run.
-        StatesError, TokenLayoutError, InputError: see `check_states`, `common_grids` and `rankings`.
+        StatesError, TokenLayoutError, InputError: see `check_states`, `common_grids`, `rankings` and `memory.plan`.
+        SaveError: results do not fit on the disk either.
     """
     for reading in readings:
         check_states(reading, head)
-    base_index = base_scale(config.scales)
-    base = readings[base_index]
-    layouts = tuple(reading.layout for reading in readings)
-    grids = common_grids(layouts)
+    if config.compat is not None and memory_limit is not None:
+        raise InputError("compat='tam' holds everything in memory, as the reference does; leave memory_limit out")
+    base = readings[base_scale(config.scales)]
+    grids = common_grids([reading.layout for reading in readings])
     check_responses(readings)
-    device = base.hidden_states.device
-    backend = ops.resolve(config.backend, device)
+    device, layout = base.hidden_states.device, base.layout
+    targets, n_context = layout.n_targets, len(layout.context)
+    shape = Shape(
+        targets=targets,
+        context=n_context,
+        pixels=sum(t * h * w for t, h, w in grids),
+        image=sum(reading.layout.n_image for reading in readings),
+        rankings=config.top_k if config.method == "arc" else 0,
+        dim=base.hidden_states.shape[1],
+    )
+    cut = plan(shape, device, memory_limit)
+    shared = share_work(readings, head, config, grids, keep_lit=cut.chunk is None)
 
-    # what the model predicts
+    disk = Disk() if cut.on_disk else None
+    zeros = partial(torch.zeros, device=device) if disk is None else disk.zeros
+    image = tuple(zeros(targets, *grid) for grid in grids)
+    context = zeros(targets, n_context)
+    relevance = zeros(targets, n_context) if config.method == "arc" else None
+    raw_range, residual = torch.empty(targets, 2, device=device), torch.empty(targets, device=device)
+    for block in target_blocks(targets, cut.block):
+        found = explain_block(shared, block, cut.chunk)
+        seen = found.context.shape[1]
+        for whole, part in zip(image, found.image, strict=True):
+            whole[block] = part
+        context[block, :seen] = found.context
+        if relevance is not None and found.relevance is not None:
+            relevance[block, :seen] = found.relevance
+        raw_range[block], residual[block] = found.raw_range, found.residual
+        if disk is not None:
+            disk.settle()
+    if config.compat == "tam":
+        slots = tam_slots(base, head, filtered=config.filter is not False, backend=shared.backend)
+        image, context, raw_range = slots.image, slots.context, slots.raw_range
+
+    check_finite(log_prob=shared.log_prob, maps=raw_range)
+    return TokenMaps(
+        image=tuple(each.cpu() for each in image),
+        context=context.cpu(),
+        relevance=None if relevance is None else relevance.cpu(),
+        log_prob=shared.log_prob[:, shared.base].cpu(),
+        agreement=shared.agreement.cpu(),
+        raw_range=raw_range.cpu(),
+        residual=residual.cpu(),
+        degenerate=is_degenerate(raw_range).cpu(),
+        backend=shared.backend,
+    )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all blocks of targets share.
+
+    Attributes:
+        base: index of the scale nearest to 1.
+        grids: for each image the grid all scales are brought to.
+        ranked: int32 `[context k]`, see `rankings`; None but for ARC.
+        log_prob, agreement, weights: `[target scale]`.
+        lit: for each scale `[context image]`, see `image_activations`; None where they are computed when needed.
+    """
+
+    readings: tuple[ScaleStates, ...]
+    head: OutputHead
+    config: AttributionConfig
+    backend: str
+    base: int
+    grids: tuple[Grid, ...]
+    ranked: Tensor | None
+    log_prob: Tensor
+    agreement: Tensor
+    weights: Tensor
+    lit: tuple[Tensor, ...] | None
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.readings[self.base].layout.prompt)
+
+    def image(self, scale: int, block: slice) -> Tensor:
+        """The targets' own activations at one scale, `[target image]`."""
+        rows = slice(self.n_prompt + block.start, self.n_prompt + block.stop)
+        if self.lit is not None:
+            return self.lit[scale][rows]
+        return image_activations(self.readings[scale], self.head, rows)
+
+    def context_mean(self, scale: int, suspicion: Tensor, n_before: int, chunk: int | None) -> Tensor:
+        """What the context lights up on average at one scale, `[target image]`.
+
+        Args:
+            suspicion: `[target context]`, how much each context token counts as interference.
+            n_before: context tokens before the first of these targets.
+        """
+        n_context = suspicion.shape[1]
+        if self.lit is not None or chunk is None:
+            lit = self.lit[scale] if self.lit is not None else image_activations(self.readings[scale], self.head)
+            return ops.context_mean(lit[:n_context], suspicion, n_before=n_before, backend=self.backend)
+        # the mean of means, each weighing as much as its context does
+        total = suspicion.sum(dim=1, keepdim=True)
+        mean = torch.zeros(len(suspicion), self.readings[scale].layout.n_image, device=suspicion.device)
+        for start in range(0, n_context, chunk):
+            part = slice(start, min(n_context, start + chunk))
+            lit = image_activations(self.readings[scale], self.head, part)
+            weight = suspicion[:, part].contiguous()
+            mean += ops.context_mean(lit, weight, backend=self.backend) * weight.sum(dim=1, keepdim=True)
+        return mean.div_(torch.where(total > 0, total, 1.0))
+
+    def aggregate(self, flat_maps: Sequence[Tensor], block: slice) -> Tensor:
+        """`[target image]` of every scale to one `[target pixel]`, all images side by side."""
+        if len(flat_maps) == 1:  # on its own grid already, with a weight of 1
+            return flat_maps[0]
+        layouts = [reading.layout for reading in self.readings]
+        maps = aggregate(flat_maps, layouts, self.weights[block], self.grids, self.config.scale_mean, self.backend)
+        return torch.cat([each.flatten(1) for each in maps], dim=1)
+
+
+def share_work(
+    readings: Sequence[ScaleStates],
+    head: OutputHead,
+    config: AttributionConfig,
+    grids: tuple[Grid, ...],
+    *,
+    keep_lit: bool,
+) -> Shared:
+    """What the model predicts, how far its decision holds at every scale, and what all context lights up."""
+    index = base_scale(config.scales)
+    base = readings[index]
+    backend = ops.resolve(config.backend, base.hidden_states.device)
     if config.method == "arc":
         ranked, own_log_prob = rankings(base, head, config.top_k, backend)
     else:
         ranked, own_log_prob = None, log_probs(base, head)
     log_prob = torch.stack([own_log_prob if each is base else log_probs(each, head) for each in readings], dim=1)
     agreement = (log_prob - own_log_prob[:, None]).exp()
-    weights = scale_weights(agreement, config)
-
-    # where its classes are active, and which context interferes
-    lenses = tuple(activations(reading, head) for reading in readings)
-    scores = sum_scales([lens.scores for lens in lenses], weights)
-    causal = base.layout.causal(device)
-    counts = counting(base, causal, config)
-    weighed = [scores] if config.aggregate == "before" else [lens.scores for lens in lenses]
-    found = [interference(each, counts, ranked, base.layout, config, backend) for each in weighed]
-    relevance = found[0][0]  # the same for all
-    suspicions = tuple(suspicion for _, suspicion in found) * (len(lenses) // len(found))
-
-    # the maps, a block of targets at a time
-    scales = Scales(lenses, suspicions, layouts, grids, weights, config, backend)
-    targets = base.layout.n_targets
-    image = tuple(torch.empty(targets, *grid, device=device) for grid in grids)
-    raw_range, residual = score_range(scores, causal), torch.empty(targets, device=device)
-    for block in target_blocks(targets, grids, device):
-        maps, image_range, residual[block] = block_maps(scales, block)
-        raw_range[block] = joint_range(image_range, raw_range[block])
-        shown = normalise_maps(maps, raw_range[block], filtered=config.filter, backend=backend)
-        for whole, part in zip(image, shown, strict=True):
-            whole[block] = part
-    context = normalise_scores(scores, causal, raw_range)
-    if config.compat == "tam":
-        slots = tam_slots(base, head, filtered=config.filter is not False, backend=backend)
-        image, context, raw_range = slots.image, slots.context, slots.raw_range
-
-    check_finite(log_prob=log_prob, maps=raw_range)
-    return TokenMaps(
-        image=tuple(each.cpu() for each in image),
-        context=context.cpu(),
-        relevance=None if relevance is None else relevance.cpu(),
-        log_prob=own_log_prob.cpu(),
-        agreement=agreement.cpu(),
-        raw_range=raw_range.cpu(),
-        residual=residual.cpu(),
-        degenerate=is_degenerate(raw_range).cpu(),
+    return Shared(
+        readings=tuple(readings),
+        head=head,
+        config=config,
         backend=backend,
+        base=index,
+        grids=grids,
+        ranked=ranked,
+        log_prob=log_prob,
+        agreement=agreement,
+        weights=scale_weights(agreement, config),
+        lit=tuple(image_activations(each, head) for each in readings) if keep_lit else None,
     )
 
 
-@dataclass(frozen=True)
-class Scales:
-    """What all blocks of targets share.
-
-    Attributes:
-        lenses, layouts: one for each scale.
-        suspicions: for each scale `[target context]`, how much context counts as interference.
-        grids: for each image the grid all scales are brought to.
-        weights: `[target scale]`.
-    """
-
-    lenses: tuple[Activations, ...]
-    suspicions: tuple[Tensor, ...]
-    layouts: tuple[TokenLayout, ...]
-    grids: tuple[Grid, ...]
-    weights: Tensor
-    config: AttributionConfig
-    backend: str
-
-    def aggregate(self, flat_maps: Sequence[Tensor], block: slice) -> Tensor:
-        """`[target image]` of every scale to one `[target pixel]`, all images side by side."""
-        if len(flat_maps) == 1:  # on its own grid already, with a weight of 1
-            return flat_maps[0]
-        maps = aggregate(flat_maps, self.layouts, self.weights[block], self.grids, self.config.scale_mean, self.backend)
-        return torch.cat([each.flatten(1) for each in maps], dim=1)
-
-    def context_mean(self, scale: int, block: slice) -> Tensor:
-        """What the context lights up at one scale, `[target image]`; only context before the block's end is read."""
-        n_before = len(self.layouts[scale].prompt) + block.start
-        seen = len(self.layouts[scale].prompt) + block.stop
-        return ops.context_mean(
-            self.lenses[scale].context_image[:seen],
-            self.suspicions[scale][block, :seen],
-            n_before=n_before,
-            backend=self.backend,
-        )
-
-
-def target_blocks(targets: int, grids: Sequence[Grid], device: torch.device) -> Iterator[slice]:
-    """Ranges of targets whose maps fit the block's bytes."""
-    limit = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
-    most = max(1, limit // (4 * sum(t * h * w for t, h, w in grids)))
-    size = math.ceil(targets / math.ceil(targets / most))  # blocks of about the same size
+def target_blocks(targets: int, size: int) -> Iterator[slice]:
+    """`range(targets)` in consecutive slices of `size`, the last one shorter."""
     for start in range(0, targets, size):
         yield slice(start, min(targets, start + size))
 
 
-def block_maps(scales: Scales, block: slice) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Maps of a block of targets on the common grids, without interference.
+@dataclass(frozen=True)
+class Block:
+    """Finished results of some targets.
+
+    Attributes:
+        image: for each image `[target t h w]`.
+        context: `[target context]`, of the context up to the last of these targets.
+        relevance: `[target context]`, or None but for ARC.
+        raw_range: `[target 2]`.
+        residual: `[target]`.
+    """
+
+    image: tuple[Tensor, ...]
+    context: Tensor
+    relevance: Tensor | None
+    raw_range: Tensor
+    residual: Tensor
+
+
+def explain_block(shared: Shared, block: slice, chunk: int | None = None) -> Block:
+    """The method for a block of targets: which context interferes, the maps without it, on one range.
+
+    Args:
+        chunk: context tokens whose activations are computed together, where `shared` keeps none.
+    """
+    config, readings = shared.config, shared.readings
+    base = readings[shared.base]
+    n_before, n_context = shared.n_prompt + block.start, shared.n_prompt + block.stop
+    device = base.hidden_states.device
+    ids = base.input_ids[torch.tensor(base.layout.context[:n_context], device=device)]
+    order = torch.arange(n_context, device=device)
+    causal = order < order[n_before:, None]
+
+    each_scores = [context_activations(reading, shared.head, block, n_context) for reading in readings]
+    scores = sum_scales(each_scores, shared.weights[block])
+    counts = counting(ids, causal, shared.n_prompt, config)
+    ranked = None if shared.ranked is None else shared.ranked[:n_context]
+    weighed = [scores] if config.aggregate == "before" else each_scores
+    found = [interference(each, counts, ranked, n_before, config, shared.backend) for each in weighed]
+    relevance = found[0][0]  # the same for all
+    suspicions = [suspicion for _, suspicion in found] * (len(readings) // len(found))
+
+    def mean(scale: int) -> Tensor:
+        return shared.context_mean(scale, suspicions[scale], n_before, chunk)
+
+    images = [shared.image(s, block) for s in range(len(readings))]
+    maps, image_range, residual = without_interference(shared, block, images, mean)
+    raw_range = joint_range(image_range, score_range(scores, causal))
+    parts = maps.split([t * h * w for t, h, w in shared.grids], dim=1)
+    on_grids = [part.unflatten(1, grid) for part, grid in zip(parts, shared.grids, strict=True)]
+    return Block(
+        image=normalise_maps(on_grids, raw_range, filtered=config.filter, backend=shared.backend),
+        context=normalise_scores(scores, causal, raw_range),
+        relevance=relevance,
+        raw_range=raw_range,
+        residual=residual,
+    )
+
+
+def without_interference(
+    shared: Shared, block: slice, images: Sequence[Tensor], mean: Callable[[int], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps of a block of targets, all scales brought together.
+
+    Args:
+        images: for each scale `[target image]`.
+        mean: of a scale, what its context lights up on average, `[target image]`.
 
     Returns:
-        for each image `[target t h w]`; their extremes `[target 2]`; the share of the activation left `[target]`.
+        `[target pixel]`, all images side by side; their extremes `[target 2]`; the share of the activation left
+        `[target]`.
     """
-    images = [lens.image[block] for lens in scales.lenses]
     every = range(len(images))
-    if scales.config.method == "lens":
-        maps = scales.aggregate(images, block)
-        image_range, residual = extremes(maps), torch.ones(len(maps), device=maps.device)
-    elif scales.config.aggregate == "before":
-        raw = scales.aggregate(images, block)
-        mean = scales.aggregate([scales.context_mean(s, block) for s in every], block)
-        maps, _, image_range = ops.remove_interference(raw, mean, backend=scales.backend)
-        residual = share(maps, raw)
-    else:
-        cleaned = [
-            ops.remove_interference(images[s], scales.context_mean(s, block), backend=scales.backend)[0] for s in every
-        ]
-        maps = scales.aggregate(cleaned, block)
-        image_range = extremes(maps)
-        shares = [share(clean, image)[:, None] for clean, image in zip(cleaned, images, strict=True)]
-        residual = sum_scales(shares, scales.weights[block])[:, 0]
-    parts = maps.split([t * h * w for t, h, w in scales.grids], dim=1)
-    return tuple(part.unflatten(1, grid) for part, grid in zip(parts, scales.grids, strict=True)), image_range, residual
+    if shared.config.method == "lens":
+        maps = shared.aggregate(images, block)
+        return maps, extremes(maps), torch.ones(len(maps), device=maps.device)
+    if shared.config.aggregate == "before":
+        raw = shared.aggregate(images, block)
+        mixed = shared.aggregate([mean(s) for s in every], block)
+        maps, _, image_range = ops.remove_interference(raw, mixed, backend=shared.backend)
+        return maps, image_range, share(maps, raw)
+    cleaned = [ops.remove_interference(images[s], mean(s), backend=shared.backend)[0] for s in every]
+    maps = shared.aggregate(cleaned, block)
+    shares = [share(clean, image)[:, None] for clean, image in zip(cleaned, images, strict=True)]
+    return maps, extremes(maps), sum_scales(shares, shared.weights[block])[:, 0]
 
 
 def extremes(maps: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -305,6 +306,17 @@ def _tap(base: Any) -> None:
                 decoder.register_forward_hook(keep),
             ]
         tap.users += 1
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+    SHARED_BUFFER.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _untap(base: Any) -> None:

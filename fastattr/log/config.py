@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import unquote, urlsplit
 
 from fastattr.errors import InputError
 from fastattr.log.record import Content
@@ -52,7 +54,7 @@ class LogConfig:
         retention_days: whole days older than this are deleted from the destination; None keeps everything.
         exit_timeout_s: how long the end of the interpreter may wait.
         telemetry: OpenTelemetry events and metrics, where its API is installed and configured.
-        redact: called with a `Submission` before anything is queued; returns what may be queued, or None for nothing. An
+        redact: called with a `Submission`, which see, before anything is queued; returns what may be queued, or None for nothing. An
             exception drops the submission.
         on_record: called with a `Logged` when a record is durable, on the logger's thread.
         on_alert: called with an `Alert` when evidence or maps of a model drift out of their limits, and when they return.
@@ -86,13 +88,13 @@ class LogConfig:
     on_alert: Callable[[Any], None] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "destination", str(self.destination))
+        object.__setattr__(self, "destination", _absolute(str(self.destination)))
         if not self.destination.strip() or "\0" in self.destination:
             raise InputError(
                 f"destination is {self.destination!r}, expected a directory or a URL such as s3://bucket/attr"
             )
         if self.spool is not None:
-            object.__setattr__(self, "spool", str(self.spool))
+            object.__setattr__(self, "spool", _absolute(str(self.spool)))
             if "://" in str(self.spool):
                 raise InputError(
                     f"spool is {self.spool!r}, expected a local directory: it must survive a crash at once"
@@ -158,6 +160,13 @@ class LogConfig:
             return Path(self.destination) / "spool"
         name = hashlib.sha256(self.destination.encode()).hexdigest()[:16]
         return Path.home() / ".local" / "state" / "fastattr" / name
+
+
+def _absolute(place: str) -> str:
+    """A local path that stays the same when the process changes its directory; other URLs as they are."""
+    if place.startswith("file://"):
+        place = unquote(urlsplit(place).path)
+    return place if "://" in place or not place.strip() or "\0" in place else os.path.abspath(place)
 
 
 def make_config(destination: object, options: Mapping[str, Any]) -> LogConfig:

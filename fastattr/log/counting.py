@@ -23,7 +23,7 @@ class LogStats:
         submitted: calls of `submit`, `submit_replay` and `submit_attribution`.
         written: durable on disk, as records or, `handed_over` of them, as requests for a worker.
         dropped: left out on purpose, by reason: `not_sampled`, `not_low_evidence`, `queue_full`, `spool_full`, `redacted`,
-            `redaction_failed`, `shutdown`.
+            `redaction_failed`, `shutdown`, `invalid` (an argument is wrong), or the type of an unexpected error.
         failed: lost to an error, by its type.
         in_flight: accepted and neither written, dropped nor failed yet.
         queue_bytes: memory held by those in flight.

@@ -48,6 +48,7 @@ def prepare(config: LogConfig) -> None:
     spool = config.spool_path
     values = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in _UNWRITTEN}
     values["attribution"] = asdict(config.attribution)
+    values["destination"] = _without_password(config.destination)
     try:
         inbox_of(spool).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,6 +73,13 @@ def read_config(spool: Path) -> LogConfig:
         raise InputError(
             f"{str(path)!r} cannot be read: {error}; give the spool directory that a logger uses, or --config FILE"
         ) from error
+
+
+def _without_password(url: str) -> str:
+    """A worker of such a destination needs `--config`."""
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}" if mark else url
 
 
 def inbox_of(spool: Path) -> Path:
@@ -171,8 +179,12 @@ def read_request(path: Path, model: Model) -> Request:
         with safe_open(path, framework="pt") as file:
             manifest: dict[str, Any] = json.loads((file.metadata() or {})["request"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise SaveError(f"{str(path)!r} cannot be read as a request: {error}") from error
+        return _from_manifest(manifest, tensors, model)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise SaveError(f"{str(path)!r} cannot be read as a request: {error!r}") from error
+
+
+def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model) -> Request:
     videos = [
         [Image.fromarray(tensors[f"image.{i}.{t}"].numpy()) for t in range(n)] for i, n in enumerate(manifest["frames"])
     ]

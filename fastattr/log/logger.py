@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import operator
 import os
 import queue
 import threading
@@ -14,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fastattr.errors import FastattrError, InputError
 from fastattr.log import inbox
 from fastattr.log.config import LogConfig, make_config
 from fastattr.log.counting import Complaints, Counts, LogStats
 from fastattr.log.processing import Processor
-from fastattr.log.record import check_metadata, check_request_id
+from fastattr.log.record import Content, check_metadata, check_request_id
 from fastattr.log.recorder import Recorder, new_writer
 from fastattr.log.requests import (
     Captured,
@@ -32,6 +33,7 @@ from fastattr.log.requests import (
     as_images,
     bytes_of,
     prompt_of,
+    release,
     response_length,
 )
 from fastattr.log.sampling import rate_before, share_of
@@ -138,9 +140,10 @@ class AttributionLogger:
         Returns:
             whether it was queued; where not, `stats()` counts why. Never raises.
         """
-        accepted = self._submit(Captured(states, out), request_id, images, prompt, metadata, error)
+        job = Captured(states, out)
+        accepted = self._submit(job, request_id, images, prompt, metadata, error)
         if not accepted:
-            _release(states)
+            release(job)
         return accepted
 
     def submit_replay(
@@ -176,7 +179,7 @@ class AttributionLogger:
         error: bool = False,
     ) -> bool:
         """Queue an attribution that exists already. As `submit`."""
-        return self._submit(Made(why), request_id, images, why.prompt, metadata, error)
+        return self._submit(Made(why), request_id, images, None, metadata, error)
 
     def _submit(self, job: Any, request_id: Any, images: Any, prompt: Any, metadata: Any, error: Any) -> bool:
         counts = self._counts
@@ -197,19 +200,22 @@ class AttributionLogger:
                 return False
             if metadata:
                 check_metadata(metadata)
+            if isinstance(job, Made):
+                prompt = job.why.prompt
             prompt = prompt if prompt is None else prompt_of(prompt)
             submission = Submission(given, dict(metadata or {}), prompt, as_images(images), self.config.content)
             if self.config.redact is not None:
-                redacted = _redacted(self.config.redact, submission)
-                if redacted is None or isinstance(redacted, Exception):
+                redacted = _redacted(self.config, submission, job)
+                if not isinstance(redacted, Submission):
                     counts.refuse("redacted" if redacted is None else "redaction_failed")
                     if redacted is not None:
                         self._complaints.say("redact", "a response was dropped: redact failed: %r", redacted)
                     return False
                 submission = redacted
             n_bytes = bytes_of(job, submission.images)
-            if self._thread is None:
-                self._start()
+            if self._thread is None and not self._start():
+                counts.refuse("shutdown")
+                return False
             if not counts.accept(n_bytes, self.config.queue_bytes):
                 return False
             self._queue.put(
@@ -233,7 +239,8 @@ class AttributionLogger:
         except Exception as problem:  # a request must not fail because its log did
             reason = "invalid" if isinstance(problem, FastattrError) else type(problem).__name__
             counts.refuse(reason)
-            self._complaints.say(reason, "response %.80r was not logged: %s", request_id, problem)
+            named = request_id[:80] if isinstance(request_id, str) else type(request_id).__name__
+            self._complaints.say(reason, "response %r was not logged: %s", named, problem)
             return False
 
     def _is_working(self) -> bool:
@@ -241,10 +248,13 @@ class AttributionLogger:
 
     # --- the worker thread ------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Begin to work, unless it has begun. Returns False after shutdown."""
         with self._starting:
             if self._thread is not None:
-                return
+                return True
+            if self._closed.is_set():
+                return False
             if self.config.telemetry:
                 self._telemetry = Telemetry(self.stats, self.config.destination)
             recorder = Recorder(self.config, self._destination, self._writer, self._counts.stats)
@@ -252,6 +262,7 @@ class AttributionLogger:
             thread = threading.Thread(target=self._work, args=(self._processor,), name="fastattr-log", daemon=True)
             thread.start()
             self._thread = thread
+            return True
 
     def _work(self, processor: Processor) -> None:
         waiting: list[_Mark] = []
@@ -266,6 +277,11 @@ class AttributionLogger:
                 self._take(processor, item)
             elif item is not None:
                 waiting.append(item)
+            elif self._closed.is_set() and not waiting:  # shutdown gave up waiting for this thread
+                processor.commit()
+                processor.abandon("shutdown")
+                processor.recorder.close(0.0, publish=False)
+                return
             if waiting or item is None or processor.due_s <= 0:
                 done = processor.commit()
                 if done:
@@ -274,24 +290,20 @@ class AttributionLogger:
                     if any(mark.last for mark in waiting):
                         return
                     waiting = []
-                elif any(mark.expired for mark in waiting):
+                elif waiting:  # the disk refuses; try again while there is time
                     waiting = [mark for mark in waiting if not mark.expired]
-                    if self._closed.is_set() and not waiting:
-                        return
-                elif waiting:
-                    time.sleep(0.05)  # the disk refuses; try again while there is time
+                    time.sleep(0.05)
 
     def _take(self, processor: Processor, request: Request) -> None:
         if self._for_worker(request):
             try:
                 inbox.put(self.config, request)
-            except Exception as error:
+            except BaseException as error:
                 self._counts.fail(type(error).__name__, request.n_bytes)
                 self._complaints.say("inbox", "a request for the worker could not be written: %s", error)
             else:
                 self._counts.wrote(1, request.n_bytes, handed_over=True)
-            if isinstance(request.job, Captured):
-                request.job.states.release()
+            release(request.job)
             return
         processor.process(request)
 
@@ -320,21 +332,21 @@ class AttributionLogger:
         return self._shut(timeout_s, publish=True)
 
     def _shut(self, timeout_s: float, *, publish: bool) -> bool:
+        until_s = time.monotonic() + timeout_s
+        mark = _Mark(threading.Event(), last=True, until_s=until_s)
         with self._starting:
             if self._closed.is_set():
                 return True
+            self._queue.put(mark)  # before: a thread that finds the queue empty after shutdown ends by itself
             self._closed.set()
-        until_s = time.monotonic() + timeout_s
-        thread, processor = self._thread, self._processor
+            thread, processor = self._thread, self._processor
         done = True
         if thread is not None and processor is not None:
-            mark = _Mark(threading.Event(), last=True, until_s=until_s)
-            self._queue.put(mark)
             done = mark.done.wait(timeout_s)
             if not done:
                 self._drain()
             thread.join(max(0.1, until_s - time.monotonic()))
-            if not thread.is_alive():  # else it is in the middle of something that takes longer
+            if not thread.is_alive():  # else it is in the middle of something that takes longer, and ends by itself
                 self._drain()
                 processor.abandon("shutdown")
                 done = processor.recorder.close(max(0.5, until_s - time.monotonic()), publish=publish) and done
@@ -351,8 +363,7 @@ class AttributionLogger:
                 return
             if isinstance(item, Request):
                 self._counts.drop("shutdown", item.n_bytes)
-                if isinstance(item.job, Captured):
-                    _release(item.job.states)
+                release(item.job)
 
     def stats(self) -> LogStats:
         """What became of all submissions of this process, at one moment."""
@@ -383,25 +394,31 @@ class _Mark:
         return time.monotonic() > self.until_s
 
 
-def _redacted(redact: Any, submission: Submission) -> Submission | Exception | None:
-    """What the callback leaves, or what it raised."""
+def _redacted(
+    config: LogConfig, submission: Submission, job: Captured | Replay | Made
+) -> Submission | Exception | None:
+    """What the callback leaves, or what it raised, or what is wrong with what it returned."""
     try:
-        left = redact(submission)
+        left = config.redact(submission) if config.redact is not None else submission
         if left is None:
             return None
         if not isinstance(left, Submission):
             raise InputError(f"redact returned a {type(left).__name__}, expected a Submission or None")
-        if left.metadata:
-            check_metadata(left.metadata)
-        return replace(left, request_id=check_request_id(left.request_id), images=tuple(left.images))
+        levels = get_args(Content)
+        if left.content not in levels or levels.index(left.content) > levels.index(config.content):
+            raise InputError(f"redact returned content={left.content!r}, expected at most {config.content!r}")
+        check_metadata(left.metadata)
+        images = tuple(left.images)
+        same_images = len(images) == len(submission.images) and all(map(operator.is_, images, submission.images))
+        if isinstance(job, Replay) and (left.prompt != submission.prompt or not same_images):
+            raise InputError("redact changed what the model is to be asked again; the map would be of another answer")
+        left = replace(left, request_id=check_request_id(left.request_id), images=images)
+        if left.prompt == submission.prompt:
+            return left
+        # the texts of the context would still tell the prompt
+        return replace(left, prompt=None, content="ids" if left.content == "text" else left.content)
     except Exception as error:
         return error
-
-
-def _release(states: Any) -> None:
-    release = getattr(states, "release", None)
-    if callable(release):
-        release()
 
 
 # --- processes ------------------------------------------------------------------------------------------

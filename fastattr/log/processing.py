@@ -19,7 +19,7 @@ from fastattr.log.drift import DriftMonitor
 from fastattr.log.explaining import Explained, explain
 from fastattr.log.record import Envelope, to_batch
 from fastattr.log.recorder import Recorder
-from fastattr.log.requests import Captured, Request
+from fastattr.log.requests import Request, release
 from fastattr.log.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fastattr.log.telemetry import Caller
 
 MAX_PENDING_ROWS = 64
+RETRY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Processor:
         self._sequence = 0
         self._pending: list[_Row] = []
         self._oldest_s = math.inf
+        self._retry_s = -math.inf
 
     def process(self, request: Request) -> None:
         """Explain one request. Its row waits for `commit`."""
@@ -100,8 +102,7 @@ class Processor:
             )
             return
         finally:
-            if isinstance(request.job, Captured):
-                request.job.states.release()
+            release(request.job)
         if self._telemetry is not None:
             self._telemetry.explained(request.caller, time.monotonic() - began_s)
         if not self._kept(request, row.logged):
@@ -115,9 +116,9 @@ class Processor:
     @property
     def due_s(self) -> float:
         """Seconds until `commit` should be called; infinite where nothing waits."""
-        if len(self._pending) >= MAX_PENDING_ROWS:
-            return 0.0
-        return max(0.0, self._oldest_s + self._config.sync_s - time.monotonic())
+        full = len(self._pending) >= MAX_PENDING_ROWS
+        due_s = -math.inf if full else self._oldest_s + self._config.sync_s
+        return max(0.0, max(due_s, self._retry_s) - time.monotonic())
 
     def commit(self) -> bool:
         """Make all rows durable. Returns False where the disk refuses; they wait, and a later call tries again."""
@@ -127,12 +128,16 @@ class Processor:
                 self.recorder.write([row.batch for row in rows])
             except SaveError as error:
                 self._complaints.say("write", "%d records wait in memory: %s", len(rows), error)
-                self._oldest_s = time.monotonic()  # not again at once
+                self._retry_s = time.monotonic() + RETRY_S
                 return False
             self._pending, self._oldest_s = [], math.inf
             self._counts.wrote(len(rows), n_bytes)
             for row in rows:
-                self._tell(row)
+                try:
+                    self._tell(row)
+                except BaseException as error:  # even sys.exit() in a callback ends nothing here
+                    self._counts.callback_failed()
+                    self._complaints.say("callback", "a callback failed: %r", error)
         self.recorder.tick()
         return True
 
@@ -193,11 +198,7 @@ class Processor:
         if self._monitor is not None:
             self._monitor.observe(logged.model, logged.model_revision, row.signals)
         if self._config.on_record is not None:
-            try:
-                self._config.on_record(logged)
-            except Exception as error:
-                self._counts.callback_failed()
-                self._complaints.say("on_record", "on_record failed: %r", error)
+            self._config.on_record(logged)
 
 
 _LOGGED = (

@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from fastattr.errors import FastattrError
 from fastattr.log.config import LogConfig
 from fastattr.log.counting import Complaints, LogStats
 from fastattr.log.rooms import Room, open_room
@@ -51,6 +50,7 @@ class Recorder:
         self._spool: SpoolWriter | None = None
         self._spool_number = 0
         self._spool_began_s = 0.0
+        self._closed = False
         self._publisher = Publisher(config, destination, self._room, stats)
 
     @property
@@ -87,7 +87,7 @@ class Recorder:
             return
         spool, self._spool = self._spool, None
         spool.close()
-        self._publisher.publish(spool.path)
+        self._publisher.publish(spool.path, spool.n_bytes)
 
     def close(self, timeout_s: float, *, publish: bool) -> bool:
         """Close the room, after publishing what is there. Returns whether all of it is published.
@@ -95,6 +95,9 @@ class Recorder:
         Args:
             publish: False leaves it to the next start, which recovers this room.
         """
+        if self._closed:
+            return True
+        self._closed = True
         if publish:
             self.rotate()
         elif self._spool is not None:
@@ -128,8 +131,8 @@ class Publisher:
     def waiting_bytes(self) -> int:
         return sum(list(self._sizes.values()))
 
-    def publish(self, path: Path) -> None:
-        self._sizes[path] = path.stat().st_size
+    def publish(self, path: Path, n_bytes: int) -> None:
+        self._sizes[path] = n_bytes
         self._paths.put(path)
 
     def stop(self, timeout_s: float) -> bool:
@@ -141,18 +144,22 @@ class Publisher:
         return not self._thread.is_alive() and not self._sizes
 
     def _run(self) -> None:
-        self._recover()
+        recovered = False
         told: LogStats | None = None
         tally_s = expire_s = -math.inf
         wait_s = RETRY_S[0]
         while not self._abandoned.is_set():
-            self._collect(wait_s if self._waiting else TALLY_EVERY_S)
-            while self._waiting and self._publish(self._waiting[0]):
-                self._waiting.pop(0)
+            recovered = recovered or self._recover()
+            self._collect(TALLY_EVERY_S if recovered and not self._waiting else wait_s)
+            n_before = len(self._waiting)
+            # one that cannot be published now does not hold up the others
+            self._waiting = [path for path in self._waiting if not self._publish(path)]
+            stopping = self._stopping.is_set()
+            if recovered and len(self._waiting) < n_before:
                 wait_s = RETRY_S[0]
-            if self._waiting:
-                wait_s = RETRY_S[0] if self._stopping.is_set() else min(2 * wait_s, RETRY_S[1])
-            elif self._stopping.is_set() and self._paths.empty():
+            elif self._waiting or not recovered:
+                wait_s = RETRY_S[0] if stopping else min(2 * wait_s, RETRY_S[1])
+            if stopping and not self._waiting and self._paths.empty():
                 self._tell(closed=True)
                 return
             now_s = time.monotonic()
@@ -174,30 +181,33 @@ class Publisher:
         except queue.Empty:
             return
 
-    def _recover(self) -> None:
+    def _recover(self) -> bool:
         """Publish what dead processes left behind."""
         try:
             found = recover(self._config.spool_path, self._destination)
-        except FastattrError as error:
+        except Exception as error:  # this thread must live, whatever a store raises
             self._complaints.say("recover", "records of an earlier process stay in the spool for now: %s", error)
-        else:
-            self._damaged_frames += found.damaged_frames
+            return False
+        self._damaged_frames += found.damaged_frames
+        return True
 
     def _publish(self, path: Path) -> bool:
+        """Returns whether there is nothing left to do for it."""
         try:
-            published = self._destination.publish(path, self._room.writer)
-        except FastattrError as error:
-            self._complaints.say("publish", "a segment stays in the spool and is tried again: %s", error)
-            return False
-        if published is not None:
-            self._damaged_frames += published.damaged_frames
+            self._damaged_frames += self._destination.publish(path, self._room.writer).damaged_frames
+        except Exception as error:
+            if path.exists():
+                self._complaints.say("publish", "a segment stays in the spool and is tried again: %s", error)
+                return False
+            self._damaged_frames += 1
+            self._complaints.say("gone", "someone took a spool file away: %s", error)
         self._sizes.pop(path, None)
         return True
 
     def _expire(self, days: int) -> None:
         try:
             self._destination.expire(days, datetime.now(timezone.utc).date())
-        except FastattrError as error:
+        except Exception as error:
             self._complaints.say("expire", "old records could not be deleted: %s", error)
 
     def _tell(self, *, closed: bool) -> None:
@@ -210,7 +220,7 @@ class Publisher:
         )
         try:
             self._destination.write_tally(self._room.writer, tally)
-        except FastattrError as error:
+        except Exception as error:
             self._complaints.say("tally", "the counts of this process could not be written: %s", error)
 
 

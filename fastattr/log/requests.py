@@ -6,6 +6,7 @@ import hashlib
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Submission:
     """What a redaction callback sees and returns, changed by `dataclasses.replace`.
+
+    Where it changes the prompt, neither prompt nor any other text is kept. What a replay would ask the model, its
+    prompt and images, can only be left or refused as a whole.
 
     Attributes:
         metadata: the caller's.
@@ -170,6 +174,13 @@ def to_png(frame: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def release(job: Captured | Replay | Made) -> None:
+    """Give back the memory of captured states, whatever was passed for them."""
+    if isinstance(job, Captured):
+        with suppress(Exception):
+            job.states.release()
 
 
 def response_length(job: Captured | Replay | Made) -> int:

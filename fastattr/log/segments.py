@@ -18,6 +18,8 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 import fsspec
+import fsspec.asyn
+import fsspec.exceptions
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,6 +28,7 @@ from fastattr.log.rooms import orphans
 from fastattr.log.schema import SCHEMA
 from fastattr.log.spool import make_folder, parse_spool_name, read_spool, sync_folder
 
+TIMEOUT_S = 120.0
 ROW_GROUP = 64  # rows; who wants one record reads this many
 
 _SEGMENT = re.compile(r"date=(\d{4}-\d{2}-\d{2})/([0-9A-Za-z]+)-(\d{6,})\.parquet")
@@ -183,11 +186,14 @@ class Destination:
                     yield (date.fromisoformat(match[1]), match[2], int(match[3])), name
 
 
-def open_destination(url: str | Path, storage_options: Mapping[str, Any] | None = None) -> Destination:
+def open_destination(
+    url: str | Path, storage_options: Mapping[str, Any] | None = None, *, timeout_s: float = TIMEOUT_S
+) -> Destination:
     """A destination at a local path or an fsspec URL, for example `s3://bucket/attr`. Touches nothing, see `check`.
 
     Args:
-        storage_options: passed to the fsspec file system: credentials, endpoint, timeouts.
+        storage_options: passed to the fsspec file system: credentials, endpoint, retries.
+        timeout_s: how long a store may take for one object, with all its retries.
 
     Raises:
         InputError: the URL is empty, of an unknown kind, or the options do not fit it.
@@ -201,7 +207,7 @@ def open_destination(url: str | Path, storage_options: Mapping[str, Any] | None 
             raise InputError(f"{text!r} is a local folder, which takes no storage_options; leave them out")
         root = Path(text.split("://", 1)[-1])
         return Destination(str(root), _Folder(root))
-    store = _Remote(text.rstrip("/"), dict(storage_options or {}))
+    store = _Remote(text.rstrip("/"), dict(storage_options or {}), timeout_s)
     try:
         store.file_system()
     except ImportError as error:
@@ -298,6 +304,7 @@ class _Remote:
 
     url: str
     options: dict[str, Any] = field(repr=False)  # credentials
+    timeout_s: float
 
     def file_system(self) -> tuple[Any, str]:
         # made anew each time: fsspec keeps one for each process and thread, and they do not survive a fork
@@ -308,28 +315,35 @@ class _Remote:
 
     def put(self, name: str, data: bytes) -> None:
         with self._saving(f"{self.address(name)!r} cannot be written"):
-            system, root = self.file_system()
-            system.pipe_file(f"{root}/{name}", data)
+            self._do("pipe_file", name, data)
 
     def get(self, name: str) -> bytes:
         with self._saving(f"{self.address(name)!r} cannot be read"):
-            system, root = self.file_system()
-            return system.cat_file(f"{root}/{name}")
+            return self._do("cat_file", name)
 
     def delete(self, name: str) -> None:
-        with self._saving(f"{self.address(name)!r} cannot be deleted"):
-            system, root = self.file_system()
-            with suppress(FileNotFoundError):
-                system.rm_file(f"{root}/{name}")
+        with self._saving(f"{self.address(name)!r} cannot be deleted"), suppress(FileNotFoundError):
+            self._do("rm_file", name)
 
     def names(self) -> list[str]:
         with self._saving(f"{self.url!r} cannot be listed"):
             system, root = self.file_system()
             system.invalidate_cache()
             try:
-                return [str(path)[len(root) :].lstrip("/") for path in system.find(root)]
+                return [str(path)[len(root) :].lstrip("/") for path in self._do("find", "")]
             except FileNotFoundError:
                 return []
+
+    def _do(self, action: str, name: str, *values: bytes) -> Any:
+        system, root = self.file_system()
+        path = f"{root}/{name}" if name else root
+        if not system.async_impl:
+            return getattr(system, action)(path, *values)
+        # by this road there is a limit; the timeouts of s3fs itself miss a server that never says "100 Continue"
+        try:
+            return fsspec.asyn.sync(system.loop, getattr(system, f"_{action}"), path, *values, timeout=self.timeout_s)
+        except fsspec.exceptions.FSTimeoutError as error:
+            raise TimeoutError(f"no answer within {self.timeout_s:g} s") from error
 
     def _saving(self, failure: str) -> Any:
         return _saving(failure, "check the address, the credentials and the network", Exception)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fastattr.adapters import Model
 
 POLL_S = 0.5
+TAKE_OVER_EVERY_S = 30.0
 CLAIMS = 16  # made durable together
 
 
@@ -59,6 +61,7 @@ def work(
     recorder = Recorder(config, destination, writer, counts.stats)
     processor = Processor(config, recorder, counts, telemetry, model)
     claimed: list[Path] = []
+    taken_over_s = time.monotonic()
     while not stop.is_set():
         path = inbox.claim(spool, writer)
         if path is not None:
@@ -77,9 +80,12 @@ def work(
                 stop.wait(POLL_S)
         elif path is None:
             recorder.tick()
-            if until_empty:
-                break
-            stop.wait(POLL_S)
+            if until_empty or time.monotonic() - taken_over_s >= TAKE_OVER_EVERY_S:
+                taken_over_s = time.monotonic()
+                if not take_over(spool, destination) and until_empty:
+                    break
+            else:
+                stop.wait(POLL_S)
     if claimed and processor.commit():
         for done in claimed:
             done.unlink()
