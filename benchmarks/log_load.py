@@ -2,19 +2,23 @@
 
     python -m benchmarks.log_load
 
-Three questions, each in a process of its own so that nothing is warm from the one before:
+Each question in a process of its own, so that nothing is warm from the one before:
 
-* `submit`: how long does `submit` hold up a request? Bursts of captured responses ten times as fast as they can be
-  explained, so that the worker thread is busy throughout and most of them are dropped; beside each submission the same
-  loop with nothing in it, which is what the clock and a busy machine cost.
+* `submit`: how long does `submit` hold up a request? Captured responses come ten times as fast as they can be explained,
+  so that the worker thread is busy throughout and most of them are dropped. They come in bursts, as traffic does, or one
+  by one with a pause between, when the processor has forgotten the code: `json` is what a plain `json.dumps` of a small
+  mapping takes at the same moments, to tell what of it is ours.
 * `records`: how many records a second, of 200 tokens, 24 x 24 cells and 300 context tokens, go from `submit_attribution`
   to published Parquet, without any dropped?
 * `capture`: what does `fastattr.capture` add to `generate` of the bundled model? Pairs in turn.
+* `server`: what does it cost a process that does nothing but generate, capturing all of it and explaining 5 % beside it
+  on a thread of its own? Wall time of blocks of responses with and without a logger, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import statistics
 import tempfile
@@ -41,6 +45,7 @@ from fastattr.types import Attribution, AttributionConfig
 
 PROMPT = "Describe the image."
 N_NEW = 32
+SMALL = {"request_id": "r-12345", "tenant": "a", "route": "/answer", "tokens": 64}
 Row = dict[str, Any]
 
 
@@ -77,8 +82,8 @@ def made_attribution(n_tokens: int = 200, side: int = 24, n_prompt: int = 100, s
     )
 
 
-def submit_latency(n: int, factor: float) -> Row:
-    """Time on the caller's thread of `n` submissions at `factor` times the rate they can be explained at."""
+def submit_latency(n: int, burst: int, factor: float = 10.0) -> Row:
+    """Time on the caller's thread of `n` submissions in bursts, at `factor` times the rate they can be explained at."""
     torch.set_num_threads(1)
     model = fastattr.load("shapes")
     scene = make_scene(HELD_OUT)
@@ -96,26 +101,28 @@ def submit_latency(n: int, factor: float) -> Row:
             logger.flush()
             explain_s = (time.perf_counter() - began) / 20
         logger = AttributionLogger(Path(folder) / "load", **options)
-        spent, empty = np.empty(n), np.empty(n)
+        spent, json_spent = np.empty(n), np.empty(n)
         due = time.perf_counter()
-        for i in range(n):
-            states = _captured(model, inputs, out, hidden)
-            due += explain_s / factor
+        for first in range(0, n, burst):
+            coming = [_captured(model, inputs, out, hidden) for _ in range(min(burst, n - first))]
+            due += len(coming) * explain_s / factor
             time.sleep(max(0.0, due - time.perf_counter()))
-            began_ns = time.perf_counter_ns()
-            empty[i] = time.perf_counter_ns() - began_ns
-            began_ns = time.perf_counter_ns()
-            logger.submit(states, out, request_id=f"r{i}", **given)
-            spent[i] = time.perf_counter_ns() - began_ns
+            for i, states in enumerate(coming, start=first):
+                began_ns = time.perf_counter_ns()
+                json.dumps(SMALL)
+                json_spent[i] = time.perf_counter_ns() - began_ns
+                began_ns = time.perf_counter_ns()
+                logger.submit(states, out, request_id=f"r{i}", **given)
+                spent[i] = time.perf_counter_ns() - began_ns
         logger.shutdown(120)
         stats = logger.stats()
     return {
         "case": "submit",
         "n": n,
+        "burst": burst,
         "load": factor,
         **_quantiles("submit", spent),
-        **_quantiles("clock", empty),
-        "added_p99_us": round(float(np.quantile(spent, 0.99) - np.quantile(empty, 0.99)) / 1e3, 2),
+        **_quantiles("json", json_spent),
         **_counts(stats),
     }
 
@@ -123,7 +130,7 @@ def submit_latency(n: int, factor: float) -> Row:
 def records_rate(n: int) -> Row:
     """Records a second from submission to published segments."""
     torch.set_num_threads(1)
-    attributions = [made_attribution(seed=seed) for seed in range(16)]
+    attributions = [made_attribution(seed=seed) for seed in range(64)]
     with tempfile.TemporaryDirectory() as folder:
         logger = AttributionLogger(folder, sample_rate=1.0, queue_bytes=2**30)
         spent = np.empty(n)
@@ -132,7 +139,7 @@ def records_rate(n: int) -> Row:
             while logger.stats().in_flight > 256:  # as a bounded server would: no drops wanted here
                 time.sleep(0.002)
             start = time.perf_counter_ns()
-            logger.submit_attribution(attributions[i % 16], request_id=f"r{i}")
+            logger.submit_attribution(attributions[i % 64], request_id=f"r{i}")
             spent[i] = time.perf_counter_ns() - start
         durable = logger.flush(120)
         durable_s = time.perf_counter() - began
@@ -180,6 +187,47 @@ def capture_overhead(runs: int) -> Row:
     }
 
 
+def server_overhead(pairs: int, block: int = 20, sample_rate: float = 0.05) -> Row:
+    """Wall time of blocks of responses with capture and a logger over those without, in neighbouring pairs."""
+    torch.set_num_threads(1)
+    model = fastattr.load("shapes")
+    scene = make_scene(HELD_OUT)
+    inputs = _inputs(model, scene.image)
+    options: Row = {"do_sample": False, "min_new_tokens": 2 * N_NEW, "max_new_tokens": 2 * N_NEW}
+
+    def plain() -> None:
+        for _ in range(block):
+            model.hf_model.generate(**inputs, **options)
+
+    def logged(first: int) -> None:
+        for i in range(first, first + block):
+            with fastattr.capture(model) as states:
+                out = model.hf_model.generate(**inputs, **options)
+            logger.submit(states, out, request_id=f"r{i}", images=[scene.image], prompt=PROMPT)
+
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        with AttributionLogger(folder, sample_rate=sample_rate) as logger:
+            plain()
+            for pair in range(pairs):
+                began = time.perf_counter()
+                plain()
+                between = time.perf_counter()
+                logged(pair * block)
+                ratios.append((time.perf_counter() - between) / (between - began))
+                logger.flush()
+        stats = logger.stats()
+    return {
+        "case": "server",
+        "pairs": pairs,
+        "block": block,
+        "sample_rate": sample_rate,
+        "over_generate": round(statistics.median(ratios), 4),
+        "quartiles": [round(float(q), 4) for q in np.quantile(ratios, [0.25, 0.75])],
+        **_counts(stats),
+    }
+
+
 def _inputs(model: fastattr.Model, image: Any) -> Row:
     encoded = adapters.encode(model, read_visuals(image), PROMPT)
     ids = encoded.input_ids[None]
@@ -213,9 +261,11 @@ def measure(*, n_submit: int = 5000, n_records: int = 3000, runs: int = 41, proc
     """Every case, one after the other."""
     call: Callable[..., Row] = _in_process if processes else lambda work, *arguments: work(*arguments)
     cases: Sequence[tuple[Callable[..., Row], tuple[Any, ...]]] = (
-        (submit_latency, (n_submit, 10.0)),
+        (submit_latency, (n_submit, 32)),
+        (submit_latency, (n_submit, 1)),
         (records_rate, (n_records,)),
         (capture_overhead, (runs,)),
+        (server_overhead, (max(1, runs // 4),)),
     )
     return [call(work, *arguments) for work, arguments in progress(cases, lambda case: case[0].__name__)]
 

@@ -25,9 +25,10 @@ def test_growth_is_the_power_of_the_work(power: float) -> None:
 
 def test_long_responses_are_measured() -> None:
     case = Case(edge=6, dim=8, vocab=500, scales=(1.0, 2.0))
-    header, *found = run({"two scales": case}, (8, 64))
-    assert [row["n_targets"] for row in found] == [8, 64]
-    assert [row["work"] for row in found] == [8 * (144 + 8), 64 * (144 + 64)]
+    header, *found = run({"two scales": case}, (8, 64), 96, 300 * 2**20)
+    assert [row["n_targets"] for row in found] == [8, 64, 96]
+    assert [row["work"] for row in found] == [8 * (144 + 8), 64 * (144 + 64), 96 * (144 + 96)]
+    assert [row.get("memory_limit") for row in found] == [None, None, 300 * 2**20]
     assert found[0]["image_tokens"] == [36, 144]
     if found[1]["peak_bytes"] is not None:
         assert found[1]["peak_bytes"] > 64 * 144 * 4  # at least the finished maps

@@ -16,6 +16,7 @@ from fastattr.errors import InputError, SaveError
 # of one block of targets' maps, of which a few live at once: on a CPU they should stay in its cache
 CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 2**21, 2**26
 CONTEXT_BLOCKS = 16  # scores of a block may take as many times that
+_CHUNK_BYTES = 8  # of one context token's activations at one image token, as product and as result
 _MAPS, _SCORES = 6, 8  # arrays of float32 of a block of maps, and of its scores, that live at once
 
 
@@ -84,19 +85,19 @@ def plan(shape: Shape, device: torch.device, limit_bytes: int | None) -> Plan:
     block = min(block, shape.targets)
     if limit_bytes is None:
         return Plan(_even(shape.targets, block), None, on_disk=False)
-    least = shape.fixed_bytes + shape.block_bytes(1) + 8 * shape.image
+    least = shape.fixed_bytes + 2 * (shape.block_bytes(1) + _CHUNK_BYTES * shape.image)
     if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int) or limit_bytes < least:
         raise InputError(
             f"memory_limit is {limit_bytes!r} bytes, expected at least {least:,}: what {shape.context:,} context tokens "
             "need however they are cut up"
         )
-    free = limit_bytes - shape.fixed_bytes
-    if shape.results_bytes + shape.lit_bytes + shape.block_bytes(block) <= free:
+    free = (limit_bytes - shape.fixed_bytes) // 2  # an allocator cannot use again all that was freed
+    if shape.results_bytes + 2 * shape.lit_bytes + shape.block_bytes(block) <= free:
         return Plan(_even(shape.targets, block), None, on_disk=False)
-    keeps = shape.lit_bytes + shape.block_bytes(1) <= 3 * free // 4
-    left = free - shape.lit_bytes if keeps else free // 2
+    keeps = 2 * shape.lit_bytes + shape.block_bytes(1) <= free  # twice while they are made
+    left = free - 2 * shape.lit_bytes if keeps else free // 2
     block = max(1, min(block, left // shape.block_bytes(1)))
-    chunk = None if keeps else max(1, min(shape.context, (free // 4) // (8 * shape.image)))
+    chunk = None if keeps else max(1, min(shape.context, (free - shape.block_bytes(block)) // (_CHUNK_BYTES * shape.image)))
     return Plan(_even(shape.targets, block), chunk, on_disk=True)
 
 

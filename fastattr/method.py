@@ -157,7 +157,8 @@ class Shared:
             part = slice(start, min(n_context, start + chunk))
             lit = image_activations(self.readings[scale], self.head, part)
             weight = suspicion[:, part].contiguous()
-            mean += ops.context_mean(lit, weight, backend=self.backend) * weight.sum(dim=1, keepdim=True)
+            mean.addcmul_(ops.context_mean(lit, weight, backend=self.backend), weight.sum(dim=1, keepdim=True))
+            del lit  # before the next is made
         return mean.div_(torch.where(total > 0, total, 1.0))
 
     def aggregate(self, flat_maps: Sequence[Tensor], block: slice) -> Tensor:

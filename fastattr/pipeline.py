@@ -49,6 +49,7 @@ def attribute(
     evidence: bool = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
     max_new_tokens: int = 256,
+    memory_limit: int | None = None,
 ) -> Attribution:
     """Explain every token of a response: where in the images, from which words, seen or made up.
 
@@ -59,6 +60,8 @@ def attribute(
         prompt: the user's text.
         response: text, or token ids that are never re-tokenised; None lets the model answer (greedy,
             at most `max_new_tokens`).
+        memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
+            not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
         method, scales, ...: see `AttributionConfig`, which documents every option and its default.
 
     Returns:
@@ -98,7 +101,7 @@ def attribute(
         response_ids = adapters.encode_response(model, response)
 
     readings = [adapters.replay(model, each, response_ids, layer=layer) for each in encoded]
-    maps = explain_readings(model, visuals, prompt, readings, config)
+    maps = explain_readings(model, visuals, prompt, readings, config, memory_limit=memory_limit)
     seen = _evidence(model, visuals, prompt, response_ids, config, maps) if evidence else None
     return _finish(
         maps,
@@ -134,6 +137,7 @@ def attribute_states(
     context: Literal["all", "prompt", "response"] = "all",
     filter: bool | None = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
+    memory_limit: int | None = None,
     tokenizer: Any = None,
     image: ImageLike | Sequence[ImageLike] | None = None,
 ) -> Attribution:
@@ -178,7 +182,7 @@ def attribute_states(
     head = output_embeddings if isinstance(output_embeddings, OutputHead) else OutputHead(output_embeddings)
     check_states(readings[0], head)  # shapes and devices first
     check_head(head)
-    maps = explain_states(readings, head, config)
+    maps = explain_states(readings, head, config, memory_limit=memory_limit)
     visuals = () if image is None else read_visuals(image)
     if visuals and len(visuals) != len(maps.image):
         raise InputError(
@@ -272,14 +276,22 @@ def read_states(
 
 
 def explain_readings(
-    model: Model, visuals: Sequence[Visual], prompt: str, readings: Sequence[ScaleStates], config: AttributionConfig
+    model: Model,
+    visuals: Sequence[Visual],
+    prompt: str,
+    readings: Sequence[ScaleStates],
+    config: AttributionConfig,
+    *,
+    memory_limit: int | None = None,
 ) -> TokenMaps:
     """`explain_states`, and the model asked again where the configuration says so (`regions`).
 
     Args:
         readings: one for each scale of `config.scales`, of these images, this prompt and one response.
     """
-    maps = explain_states(readings, model.head, config)
+    if config.regions and memory_limit is not None:
+        raise InputError("regions=n weighs all maps at once; leave memory_limit out, or use regions=0")
+    maps = explain_states(readings, model.head, config, memory_limit=memory_limit)
     if not config.regions:
         return maps
     return weigh_maps(maps, regional_evidence(model, visuals, prompt, readings[0], config.regions))

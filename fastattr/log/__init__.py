@@ -8,6 +8,7 @@ import logging
 
 from fastattr.log.config import LogConfig
 from fastattr.log.counting import LogStats
+from fastattr.log.drift import Alert
 from fastattr.log.logger import AttributionLogger
 from fastattr.log.processing import Logged
 from fastattr.log.reading import read
@@ -16,4 +17,4 @@ from fastattr.log.requests import Submission
 
 logging.getLogger("fastattr").addHandler(logging.NullHandler())
 
-__all__ = ["AttributionLogger", "Envelope", "LogConfig", "LogStats", "Logged", "Record", "Submission", "read"]
+__all__ = ["Alert", "AttributionLogger", "Envelope", "LogConfig", "LogStats", "Logged", "Record", "Submission", "read"]

@@ -54,6 +54,8 @@ class LogConfig:
         retention_days: whole days older than this are deleted from the destination; None keeps everything.
         exit_timeout_s: how long the end of the interpreter may wait.
         telemetry: OpenTelemetry events and metrics, where its API is installed and configured.
+        drift_limits: a JSON file for the limits that `on_alert` goes by, learned from the first 500 responses of a model
+            version and kept there for the next start; None learns them anew in every process.
         redact: called with a `Submission`, which see, before anything is queued; returns what may be queued, or None for nothing. An
             exception drops the submission.
         on_record: called with a `Logged` when a record is durable, on the logger's thread.
@@ -83,6 +85,7 @@ class LogConfig:
     retention_days: int | None = None
     exit_timeout_s: float = 5.0
     telemetry: bool = True
+    drift_limits: str | None = None
     redact: Callable[[Any], Any] | None = None
     on_record: Callable[[Any], None] | None = None
     on_alert: Callable[[Any], None] | None = None
@@ -99,6 +102,8 @@ class LogConfig:
                 raise InputError(
                     f"spool is {self.spool!r}, expected a local directory: it must survive a crash at once"
                 )
+        if self.drift_limits is not None:
+            object.__setattr__(self, "drift_limits", _absolute(str(self.drift_limits)))
         for name in _RATES:
             value = getattr(self, name)
             if not _is_number(value) or not 0.0 <= value <= 1.0:

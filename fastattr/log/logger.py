@@ -277,7 +277,7 @@ class AttributionLogger:
                 self._take(processor, item)
             elif item is not None:
                 waiting.append(item)
-            elif self._closed.is_set() and not waiting:  # shutdown gave up waiting for this thread
+            elif self._closed.is_set() and self._queue.empty() and not waiting:  # shutdown gave up waiting for this thread
                 processor.commit()
                 processor.abandon("shutdown")
                 processor.recorder.close(0.0, publish=False)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 from fastattr.errors import SaveError
 from fastattr.log.config import LogConfig
 from fastattr.log.counting import Complaints, Counts
-from fastattr.log.drift import DriftMonitor
+from fastattr.log.drift import Alert, ControlLimits, DriftMonitor, Stream, read_limits, write_limits
 from fastattr.log.explaining import Explained, explain
 from fastattr.log.record import Envelope, to_batch
 from fastattr.log.recorder import Recorder
@@ -40,6 +41,7 @@ class Logged:
         low_evidence: words below the calibrated threshold, or None without evidence.
         mean_log_prob: nats.
         mean_image_share: the images' part of the maps, in [0, 1].
+        trace_id, span_id: of the caller's span as hex digits, or None.
     """
 
     record_id: str
@@ -55,6 +57,8 @@ class Logged:
     mean_image_share: float
     error: bool
     metadata: Mapping[str, Any]
+    trace_id: str | None
+    span_id: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,11 @@ class Processor:
     ) -> None:
         self.recorder = recorder
         self._config, self._counts, self._telemetry, self._model = config, counts, telemetry, model
-        self._monitor = None if config.on_alert is None else DriftMonitor(on_alert=config.on_alert)
+        self._monitor: DriftMonitor | None = None
+        if config.on_alert is not None:
+            known = {} if config.drift_limits is None else read_limits_if_any(Path(config.drift_limits))
+            self._monitor = DriftMonitor(known, on_alert=self._alert)
+        self._n_limits = 0 if self._monitor is None else len(self._monitor.limits)
         self._complaints = Complaints()
         self._sequence = 0
         self._pending: list[_Row] = []
@@ -105,6 +113,9 @@ class Processor:
             release(request.job)
         if self._telemetry is not None:
             self._telemetry.explained(request.caller, time.monotonic() - began_s)
+        if self._monitor is not None and request.share < max(self._config.sample_rate, self._config.screen_rate):
+            # what error, length or low evidence let in would not be like the rest
+            self._watch(self._monitor, row)
         if not self._kept(request, row.logged):
             self._counts.drop("not_low_evidence", request.n_bytes)
             return
@@ -174,9 +185,29 @@ class Processor:
             model_revision=envelope.model_revision,
             error=envelope.error,
             metadata=envelope.metadata,
+            trace_id=envelope.trace_id,
+            span_id=envelope.span_id,
             **value,
         )
         return _Row(batch, logged, caller, {} if self._monitor is None else signals_of(batch))
+
+    def _watch(self, monitor: DriftMonitor, row: _Row) -> None:
+        monitor.observe(row.logged.model, row.logged.model_revision, row.signals)
+        limits, path = monitor.limits, self._config.drift_limits
+        if len(limits) > self._n_limits and path is not None:  # learned some: the next start need not
+            try:
+                write_limits(limits, Path(path))
+            except SaveError as error:
+                self._complaints.say("limits", "%s", error)
+        self._n_limits = len(limits)
+
+    def _alert(self, alert: Alert) -> None:
+        try:
+            if self._config.on_alert is not None:
+                self._config.on_alert(alert)
+        except BaseException as error:
+            self._counts.callback_failed()
+            self._complaints.say("on_alert", "on_alert failed: %r", error)
 
     def _kept(self, request: Request, logged: Logged) -> bool:
         low = bool(logged.low_evidence) and request.share < self._config.low_evidence_rate
@@ -195,8 +226,6 @@ class Processor:
                 mean_evidence=logged.mean_evidence,
                 low_evidence=logged.low_evidence,
             )
-        if self._monitor is not None:
-            self._monitor.observe(logged.model, logged.model_revision, row.signals)
         if self._config.on_record is not None:
             self._config.on_record(logged)
 
@@ -212,6 +241,11 @@ _LOGGED = (
 )
 
 
+def read_limits_if_any(path: Path) -> dict[Stream, ControlLimits]:
+    """Limits an earlier process learned; none where there is no file. Raises `InputError` for a broken one."""
+    return dict(read_limits(path)) if path.exists() else {}
+
+
 def signals_of(batch: pa.RecordBatch) -> dict[str, float]:
     """What drift is watched on: means over the tokens of one response, where they are finite."""
     tokens = batch.column("tokens").values
@@ -223,4 +257,7 @@ def signals_of(batch: pa.RecordBatch) -> dict[str, float]:
             for name in ("entropy", "peak_ratio", "area")
         },
     }
+    low = batch.column("low_evidence")[0].as_py()
+    if low is not None:
+        means["low_evidence"] = low / batch.column("n_tokens")[0].as_py()
     return {name: value for name, value in means.items() if value is not None and math.isfinite(value)}

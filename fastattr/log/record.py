@@ -89,13 +89,14 @@ def check_request_id(request_id: str) -> str:
     """
     if not isinstance(request_id, str):
         raise InputError(f"request_id is {_short(request_id)}, expected a string")
-    # at least a byte a character: a huge one is refused before it is encoded
-    if len(request_id) > MAX_ID_BYTES or len(clean := _utf8(request_id)) * 4 > MAX_ID_BYTES < len(clean.encode()):
-        raise InputError(
-            f"request_id {_short(request_id)} is longer than {MAX_ID_BYTES} bytes; keep long values out of ids, "
-            "for example by a hash of them"
-        )
-    return clean
+    if len(request_id) <= MAX_ID_BYTES:  # a huge one is refused before it is encoded
+        clean = _utf8(request_id)
+        if len(clean.encode()) <= MAX_ID_BYTES:
+            return clean
+    raise InputError(
+        f"request_id {_short(request_id)} is longer than {MAX_ID_BYTES} bytes; keep long values out of ids, "
+        "for example by a hash of them"
+    )
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> str:
@@ -141,7 +142,7 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
     """
     cells, broken = _clean_maps(why.image)
     by_image = _split(cells, [m.shape[1:] for m in why.image])
-    described = describe_maps([torch.from_numpy(maps) for maps in by_image], torch.nan_to_num(why.context))
+    described = describe_maps([torch.from_numpy(maps) for maps in by_image], torch.nan_to_num(why.context, posinf=0.0))
     evidence = None if why.evidence is None else _finite(why.evidence)
     log_prob, n_prompt = _finite(why.log_prob), len(why.context_tokens) - len(why)
     text = content == "text"
@@ -340,10 +341,9 @@ def _peak_boxes(
         if not len(chosen):
             continue
         frame, cell = np.divmod(maps[chosen].reshape(len(chosen), -1).argmax(axis=1), maps.shape[2] * maps.shape[3])
-        region = _region(maps[chosen, frame], cell)
+        rows, columns = _region(maps[chosen, frame], cell)
         left, top, width, height = extent[0], extent[1], extent[2] - extent[0], extent[3] - extent[1]
-        first_row, last_row = _ends(region.max(axis=2))
-        first_column, last_column = _ends(region.max(axis=1))
+        (first_row, last_row), (first_column, last_column) = _ends(rows), _ends(columns)
         boxes[chosen, 0] = left + width * first_column / maps.shape[3]
         boxes[chosen, 1] = top + height * first_row / maps.shape[2]
         boxes[chosen, 2] = left + width * last_column / maps.shape[3]
@@ -351,8 +351,12 @@ def _peak_boxes(
     return image, boxes[lit], lit
 
 
-def _region(maps: np.ndarray, cell: np.ndarray) -> np.ndarray:
-    """bool `[target h w]`: what hangs together with `cell [target]`, side by side, at half its value or more."""
+def _region(maps: np.ndarray, cell: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What hangs together with `cell [target]` of `maps [target h w]`, side by side, at half its value or more.
+
+    Returns:
+        Which rows `[target h]` and which columns `[target w]` hold a cell of it, 1 or 0.
+    """
     maps = np.ascontiguousarray(np.moveaxis(maps, 0, -1))
     bright = maps >= BOX_LEVEL * maps.max(axis=(0, 1))
     seed = np.zeros_like(bright)
@@ -367,12 +371,14 @@ def _region(maps: np.ndarray, cell: np.ndarray) -> np.ndarray:
         grown[:, :-1] |= found[:, 1:]
         grown &= inside
         if np.array_equal(grown, found):
-            return np.moveaxis(np.unpackbits(found, axis=-1, count=len(cell)), -1, 0).view(bool)
+            break
         found = grown
+    rows, columns = (np.bitwise_or.reduce(found, axis=axis) for axis in (1, 0))
+    return np.unpackbits(rows, axis=-1, count=len(cell)).T, np.unpackbits(columns, axis=-1, count=len(cell)).T
 
 
 def _ends(lit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The half-open range of True in each row of `[row n]`."""
+    """The half-open range of ones in each row of `[row n]`."""
     return lit.argmax(axis=1), lit.shape[1] - lit[:, ::-1].argmax(axis=1)
 
 
