@@ -22,7 +22,7 @@ from fastattr.errors import (
     TokenLayoutError,
     UnsupportedModelError,
 )
-from fastattr.pipeline import attribute, attribute_states
+from fastattr.pipeline import attribute, attribute_batch, attribute_states
 from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ __all__ = [
     "TokenLayoutError",
     "UnsupportedModelError",
     "attribute",
+    "attribute_batch",
     "attribute_states",
     "capture",
     "load",

@@ -48,10 +48,10 @@ def describe_maps(image: Sequence[Tensor], context: Tensor) -> Descriptors:
     lit = mass > 0
     whole = torch.where(lit, mass, 1.0)
     # cells that may go, smallest first, while what stays holds the level; rounding must not ask for one more
-    spare = (below <= (1 - MASS + 1e-9) * mass[:, None]).sum(dim=1)
+    spare = torch.searchsorted(below, (1 - MASS + 1e-9) * mass[:, None], right=True)[:, 0]
     share = cells / whole[:, None].float()
-    surprise = share.clamp_min(1e-38).log_().mul_(share)  # x log x, 0 at 0
-    entropy = -surprise.sum(dim=1, dtype=torch.float64) / (math.log(n) if n > 1 else 1.0)
+    surprise = share.clamp_min(1e-30).log_().mul_(share)  # x log x, 0 at 0
+    entropy = -surprise.sum(dim=1) / (math.log(n) if n > 1 else 1.0)
     joint = mass + context.cpu().sum(dim=1, dtype=torch.float64)
 
     def known(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -87,35 +87,94 @@ def attribute(
         evidence=evidence,
         backend=backend,
     )
+    row = (image, prompt, response)
+    return _attribute_rows(model, [row], config, max_new_tokens=max_new_tokens, memory_limit=memory_limit)[0]
+
+
+def attribute_batch(
+    model: Model,
+    rows: Iterable[tuple[ImageLike | Sequence[ImageLike], str, str | Sequence[int] | Tensor | None]],
+    config: AttributionConfig | None = None,
+    *,
+    max_new_tokens: int = 256,
+) -> list[Attribution]:
+    """Explain several responses at once: one forward a scale reads all of them, whatever their lengths.
+
+    The results are those of `attribute`, but for the rounding of a forward with others beside it. Give rows of about
+    one length together: shorter ones are padded to the longest.
+
+    Args:
+        rows: image or images, prompt and response of each, as for `attribute`.
+        config: every choice of the method; the defaults if not given.
+
+    Returns:
+        one attribution a row, in order.
+
+    Raises:
+        InputError: there are no rows, or the configuration asks for `compat`.
+        ImageError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError: as `attribute`, for
+            the first row that is at fault.
+    """
+    config = AttributionConfig() if config is None else config
+    if config.compat is not None:
+        raise InputError("compat='tam' is for attribute_states; a model's answers are explained without")
+    given = list(rows)
+    if not given:
+        raise InputError("got no rows, expected at least one (image, prompt, response)")
+    return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, memory_limit=None)
+
+
+def _attribute_rows(
+    model: Model,
+    rows: Sequence[tuple[Any, str, Any]],
+    config: AttributionConfig,
+    *,
+    max_new_tokens: int,
+    memory_limit: int | None,
+) -> list[Attribution]:
     from fastattr import adapters
 
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
-    visuals = read_visuals(image)
-    encoded = adapters.encode_scales(model, visuals, prompt, config.scales)
-    if response is None:
-        plain = (
-            adapters.encode(model, visuals, prompt) if 1.0 not in config.scales else encoded[config.scales.index(1.0)]
-        )
-        response_ids = adapters.generate(model, plain, max_new_tokens=max_new_tokens)
-    else:
-        response_ids = adapters.encode_response(model, response)
+    visuals = [read_visuals(image) for image, _, _ in rows]
+    encoded = [
+        adapters.encode_scales(model, seen, prompt, config.scales)
+        for seen, (_, prompt, _) in zip(visuals, rows, strict=True)
+    ]
+    responses = []
+    for seen, each, (_, prompt, response) in zip(visuals, encoded, rows, strict=True):
+        if response is None:
+            plain = adapters.encode(model, seen, prompt) if 1.0 not in config.scales else each[config.scales.index(1.0)]
+            responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens))
+        else:
+            responses.append(adapters.encode_response(model, response))
 
-    readings = [adapters.replay(model, each, response_ids, layer=layer) for each in encoded]
-    maps = explain_readings(model, visuals, prompt, readings, config, memory_limit=memory_limit)
-    seen = _evidence(model, visuals, prompt, response_ids, config, maps) if evidence else None
-    return _finish(
-        maps,
-        readings,
-        config,
-        decode=model.decode,
-        evidence=seen,
-        visuals=visuals,
-        prompt=prompt,
-        model=model.name,
-        calibration=model.calibration,
-        source="replay",
-        notes=_notes(maps, config, visuals),
-    )
+    by_scale = [
+        adapters.replay_batch(model, [each[s] for each in encoded], responses, layer=config.layer)
+        for s in range(len(config.scales))
+    ]
+    prompts = [prompt for _, prompt, _ in rows]
+    blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
+    found = []
+    for i, (seen, prompt) in enumerate(zip(visuals, prompts, strict=True)):
+        readings = [read[i] for read in by_scale]
+        maps = explain_readings(model, seen, prompt, readings, config, memory_limit=memory_limit)
+        without = blanked[i]
+        found.append(
+            _finish(
+                maps,
+                readings,
+                config,
+                decode=model.decode,
+                evidence=None if without is None else maps.log_prob - without,
+                visuals=seen,
+                prompt=prompt,
+                model=model.name,
+                calibration=model.calibration,
+                source="replay",
+                notes=_notes(maps, config, seen),
+            )
+        )
+    return found
 
 
 def attribute_states(
@@ -330,18 +389,22 @@ def regional_evidence(
 # --- the last steps --------------------------------------------------------------------------------
 
 
-def _evidence(
+def _blanked(
     model: Model,
-    visuals: Sequence[Visual],
-    prompt: str,
-    response_ids: Tensor,
+    visuals: Sequence[Sequence[Visual]],
+    prompts: Sequence[str],
+    responses: Sequence[Tensor],
     config: AttributionConfig,
-    maps: TokenMaps,
-) -> Tensor:
-    """`log p(token | image) - log p(token | image blanked)` of every target, in nats: one more forward."""
+) -> list[Tensor]:
+    """Log-probability in nats of every target of each row with its images blanked, `[target]`: one more forward."""
+    from fastattr import adapters
+
     scale = config.scales[base_scale(config.scales)]  # the scale maps.log_prob was read at
-    blanked = read_states(model, [visual.blank() for visual in visuals], prompt, response_ids, scale=scale)
-    return maps.log_prob - log_probs(blanked, model.head).cpu()
+    encoded = [
+        adapters.encode(model, [visual.blank() for visual in seen], prompt, scale=scale)
+        for seen, prompt in zip(visuals, prompts, strict=True)
+    ]
+    return [log_probs(each, model.head).cpu() for each in adapters.replay_batch(model, encoded, responses)]
 
 
 def _finish(

@@ -9,7 +9,7 @@ from fastattr.adapters.capturing import CapturedStates, capture, captured_readin
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
-from fastattr.adapters.states import generate, log_probs_of_images, replay
+from fastattr.adapters.states import generate, log_probs_of_images, replay, replay_batch
 
 __all__ = [
     "FAMILIES",
@@ -28,5 +28,6 @@ __all__ = [
     "load",
     "log_probs_of_images",
     "replay",
+    "replay_batch",
     "wrap",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattr.adapters.families import extent_of, grids_of
 from fastattr.adapters.hooks import unwrap_peft
@@ -153,13 +153,37 @@ def alike(examples: Sequence[EncodedExample]) -> bool:
     )
 
 
-def collate(examples: Sequence[EncodedExample]) -> dict[str, Tensor]:
-    """The model inputs of examples that are alike, as one batch.
+def stackable(examples: Sequence[EncodedExample]) -> list[list[int]]:
+    """Indices of examples whose model inputs can be joined into one batch each, in order of first appearance."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, each in enumerate(examples):
+        key = tuple(
+            (name, value.dtype, () if _per_token(name) else value.shape[1:])
+            for name, value in sorted(each.model_inputs.items())
+        )
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def collate(examples: Sequence[EncodedExample], n_tokens: int) -> dict[str, Tensor]:
+    """The model inputs of examples that are `stackable`, as one batch of sequences of `n_tokens`.
 
     The first axis counts patches (Qwen), images (LLaVA, Pixtral, InternVL, Gemma) or examples (Idefics, token types),
     always in reading order, so all are joined along it.
     """
-    return {name: torch.cat([each.model_inputs[name] for each in examples]) for name in examples[0].model_inputs}
+    return {
+        name: torch.cat([along(name, each.model_inputs[name], n_tokens) for each in examples])
+        for name in examples[0].model_inputs
+    }
+
+
+def along(name: str, value: Tensor, n_tokens: int) -> Tensor:
+    """A model input as long as the sequence, where it has an entry a token: what follows the prompt is text."""
+    return nn.functional.pad(value, (0, n_tokens - value.shape[1])) if _per_token(name) else value
+
+
+def _per_token(name: str) -> bool:
+    return name.endswith("token_type_ids")
 
 
 def _render(model: Model, content: list[dict[str, str]]) -> str:

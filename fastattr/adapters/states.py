@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastattr.adapters.encode import EncodedExample, alike, collate, encode
+from fastattr.adapters.encode import EncodedExample, alike, along, collate, encode, stackable
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output
 from fastattr.adapters.model import Model
 from fastattr.errors import InputError, StatesError
@@ -51,11 +51,49 @@ def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer
         `hidden_states [seq - 1, dim]`: the last response token is never fed. Of an earlier layer it comes with
         the last layer's states beside it.
     """
-    ids = torch.cat([encoded.input_ids, response_ids])
-    interpolate = model.family.interpolates and encoded.scale != 1.0
-    last, chosen = forward(model.hf_model, ids[None, :-1], encoded.model_inputs, layer, interpolate)
-    layout = encoded.layout(len(response_ids))
-    return ScaleStates(chosen[0], ids, layout, encoded.scale, last_states=None if chosen is last else last[0])
+    return replay_batch(model, [encoded], [response_ids], layer=layer)[0]
+
+
+def replay_batch(
+    model: Model, encoded: Sequence[EncodedExample], responses: Sequence[Tensor], *, layer: int = -1
+) -> list[ScaleStates]:
+    """`replay` of several prompts and responses of any length, in as few forwards as their images allow.
+
+    Sequences are padded behind their end, where nothing looks. Images that a family does not stack, being of different
+    sizes, are read in forwards of their own.
+
+    Args:
+        encoded: all at one scale.
+        responses: int `[target]` of each.
+    """
+    read: list[ScaleStates | None] = [None] * len(encoded)
+    for members in stackable(encoded):
+        sequences = [torch.cat([encoded[i].input_ids, responses[i]]) for i in members]
+        interpolate = model.family.interpolates and encoded[members[0]].scale != 1.0
+        last, chosen = _forward_ragged(model, [encoded[i] for i in members], sequences, layer, interpolate)
+        for row, i in enumerate(members):
+            n = len(sequences[row]) - 1
+            read[i] = ScaleStates(
+                chosen[row, :n],
+                sequences[row],
+                encoded[i].layout(len(responses[i])),
+                encoded[i].scale,
+                last_states=None if chosen is last else last[row, :n],
+            )
+    return [each for each in read if each is not None]
+
+
+def _forward_ragged(
+    model: Model, examples: Sequence[EncodedExample], sequences: Sequence[Tensor], layer: int, interpolate: bool
+) -> tuple[Tensor, Tensor]:
+    """`forward` of sequences of different lengths, each fed without its last token."""
+    lengths = [len(sequence) - 1 for sequence in sequences]
+    longest = max(lengths)
+    fed = torch.stack([nn.functional.pad(each[:-1], (0, longest + 1 - len(each))) for each in sequences])
+    mask = None
+    if min(lengths) < longest:
+        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long().to(fed.device)
+    return forward(model.hf_model, fed, collate(examples, longest), layer, interpolate, mask)
 
 
 def log_probs_of_images(
@@ -89,28 +127,30 @@ def _batch_log_probs(model: Model, examples: Sequence[EncodedExample], response_
     """`[variant target]` of examples that are alike, from one forward."""
     ids = torch.cat([examples[0].input_ids, response_ids])
     fed = ids[:-1].repeat(len(examples), 1)
-    last, _ = forward(model.hf_model, fed, collate(examples), -1, interpolate=False)
+    last, _ = forward(model.hf_model, fed, collate(examples, fed.shape[1]), -1, interpolate=False)
     layout = examples[0].layout(len(response_ids))
     return torch.stack([log_probs(ScaleStates(states, ids, layout), model.head) for states in last]).cpu()
 
 
 @torch.no_grad()
 def forward(
-    hf_model: Any, fed_ids: Tensor, model_inputs: Mapping[str, Tensor], layer: int, interpolate: bool
+    hf_model: Any,
+    fed_ids: Tensor,
+    model_inputs: Mapping[str, Tensor],
+    layer: int,
+    interpolate: bool,
+    attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """States `[batch seq dim]` of the last layer and of `layer` through the final norm, from one forward.
 
     Args:
-        fed_ids: int `[batch seq]`, sequences of one length.
+        fed_ids: int `[batch seq]`, sequences of one length or padded behind their end.
+        attention_mask: `[batch seq]`, 0 where they are; None where none is.
     """
     module, norm = layer_modules(hf_model, layer)
-    inputs = {
-        # per-token inputs (token types) grow with the sequence; what follows the prompt is text
-        name: nn.functional.pad(value, (0, fed_ids.shape[1] - value.shape[1]))
-        if name.endswith("token_type_ids")
-        else value
-        for name, value in model_inputs.items()
-    }
+    inputs = {name: along(name, value, fed_ids.shape[1]) for name, value in model_inputs.items()}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask
     with (
         record_output(decoder_of(hf_model)) as last,
         record_output(module) as chosen,

@@ -1,6 +1,7 @@
 """The record of one explained response: one row of Arrow, versioned.
 
-A reader of version N reads every record of version N. A field that content settings mask is null, never empty.
+A reader of version N reads every record of version N. A field that content settings mask is null, never empty. A number
+that is not finite is NaN.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ TOKEN = pa.struct(
         _field("raw_min", pa.float32(), "before normalisation"),
         _field("raw_max", pa.float32(), "before normalisation"),
         _field("agreement", pa.list_(pa.float32()), "probability at each scale relative to the scale nearest to 1"),
-        _field("degenerate", pa.bool_(), "all scores were equal, so the map is all zero"),
+        _field("degenerate", pa.bool_(), "all scores were equal, or one was no number, so the map is all zero"),
         _field("box_image", pa.int32(), "which image holds the peak; null where the map is dark", null=True),
         _field(
             "box",
             pa.list_(pa.float32()),
-            "cells of at least half the peak that hang together with it: left, top, right, bottom as shares of the picture",
+            "cells of at least half the peak that hang together with it, side by side: left, top, right, bottom as shares of the picture",
             null=True,
         ),
         _field(
@@ -84,8 +85,8 @@ SCHEMA = pa.schema(
         ),
         _field("n_tokens", pa.int32(), "response tokens"),
         _field("n_prompt", pa.int32(), "context tokens before the response"),
-        _field("mean_log_prob", pa.float32(), "nats, over the tokens"),
-        _field("mean_evidence", pa.float32(), "nats, over the tokens", null=True),
+        _field("mean_log_prob", pa.float32(), "nats, over the tokens where it is finite"),
+        _field("mean_evidence", pa.float32(), "nats, over the tokens where it is finite", null=True),
         _field("min_evidence", pa.float32(), "nats, of the lowest token", null=True),
         _field("low_evidence", pa.int32(), "words whose evidence is below the calibrated threshold", null=True),
         _field("mean_image_share", pa.float32(), "over the tokens"),
