@@ -160,6 +160,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except SaveError:  # raised by whoever writes
+        raise
     except OSError as error:
         raise SaveError(
             f"{str(path)!r} cannot be written: {error.strerror or error}; choose a folder that exists and is writable"

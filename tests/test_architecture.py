@@ -27,7 +27,15 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.arc": {"fastattr.ops"},
     "fastattr.msea": {"fastattr.ops"},
     "fastattr.compat": {"fastattr.ops", "fastattr.maps", "fastattr.msea"},
-    "fastattr.method": {"fastattr.ops", "fastattr.maps", "fastattr.arc", "fastattr.msea", "fastattr.compat"},
+    "fastattr.memory": set(),
+    "fastattr.method": {
+        "fastattr.arc",
+        "fastattr.compat",
+        "fastattr.maps",
+        "fastattr.memory",
+        "fastattr.msea",
+        "fastattr.ops",
+    },
     "fastattr.pipeline": {
         "fastattr.adapters",
         "fastattr.calibration",
@@ -66,11 +74,24 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.pipeline",
         "fastattr.text",
     },
+    "fastattr.log": {
+        "fastattr.adapters",
+        "fastattr.calibration",
+        "fastattr.descriptors",
+        "fastattr.images",
+        "fastattr.pipeline",
+        "fastattr.selection",
+        "fastattr.storage",
+    },
+    "fastattr.log.dashboard": {"fastattr.log", "fastattr.report"},
+    "fastattr.log.recipes": {"fastattr", "fastattr.demo", "fastattr.log"},
     "fastattr.cli": {
         "fastattr",
         "fastattr.adapters",
         "fastattr.demo",
         "fastattr.evaluate",
+        "fastattr.log",
+        "fastattr.log.dashboard",
         "fastattr.storage",
         "fastattr.report",
     },
@@ -98,8 +119,18 @@ OUTSIDE = {
     "matplotlib": {"fastattr.evaluate"},
     "pycocotools": {"fastattr.datasets"},
     "inflect": {"fastattr.datasets"},
-    "safetensors": {"fastattr.storage"},
+    "safetensors": {"fastattr.storage", "fastattr.log"},
     "tokenizers": {"fastattr.demo"},
+    "pyarrow": {"fastattr.log"},
+    "fsspec": {"fastattr.log"},
+    "duckdb": {"fastattr.log"},
+    "opentelemetry": {"fastattr.log", "fastattr.log.recipes"},
+    "starlette": {"fastattr.log.dashboard"},
+    "jinja2": {"fastattr.log.dashboard"},
+    "uvicorn": {"fastattr.log.dashboard", "fastattr.log.recipes"},
+    "fastapi": {"fastattr.log.recipes"},
+    "structlog": {"fastattr.log.recipes"},
+    "prometheus_client": {"fastattr.log.recipes"},
     "triton": {"fastattr_kernels.gpu", "fastattr_kernels.backend"},
 }
 
@@ -165,7 +196,7 @@ def test_importing_fastattr_is_light() -> None:
     """Neither transformers nor a drawing or web library is loaded, so the import costs little over torch."""
     code = (
         "import sys, fastattr\n"
-        "heavy = {'transformers', 'typer', 'tokenizers', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "heavy = {'transformers', 'typer', 'tokenizers', 'matplotlib', 'triton', 'pyarrow', 'fastattr.log'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from fastattr.log.config import LogConfig
 from fastattr.log.counting import Complaints, LogStats
-from fastattr.log.rooms import Room, open_room
+from fastattr.log.rooms import open_room
 from fastattr.log.segments import Destination, recover
 from fastattr.log.spool import SpoolWriter, spool_name
 
@@ -51,7 +51,7 @@ class Recorder:
         self._spool_number = 0
         self._spool_began_s = 0.0
         self._closed = False
-        self._publisher = Publisher(config, destination, self._room, stats)
+        self._publisher = Publisher(config, destination, writer, stats)
 
     @property
     def waiting_bytes(self) -> int:
@@ -65,6 +65,9 @@ class Recorder:
             SaveError: the disk refuses; nothing was written, and the same rows may be given again.
         """
         if self._spool is None:
+            if not self._room.path.is_dir():  # someone cleaned up
+                self._room.forget()
+                self._room = open_room(self._config.spool_path, self.writer)
             today = datetime.now(timezone.utc).date()
             self._spool = SpoolWriter(self._room.path / spool_name(today, self._spool_number))
             self._spool_number += 1
@@ -115,8 +118,8 @@ class Recorder:
 class Publisher:
     """Publishes closed spool files in order, on a thread of its own: a store that hangs holds up nobody else."""
 
-    def __init__(self, config: LogConfig, destination: Destination, room: Room, stats: Callable[[], LogStats]) -> None:
-        self._config, self._destination, self._room, self._stats = config, destination, room, stats
+    def __init__(self, config: LogConfig, destination: Destination, writer: str, stats: Callable[[], LogStats]) -> None:
+        self._config, self._destination, self._writer, self._stats = config, destination, writer, stats
         self._paths: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._waiting: list[Path] = []
         self._sizes: dict[Path, int] = {}
@@ -194,7 +197,7 @@ class Publisher:
     def _publish(self, path: Path) -> bool:
         """Returns whether there is nothing left to do for it."""
         try:
-            self._damaged_frames += self._destination.publish(path, self._room.writer).damaged_frames
+            self._damaged_frames += self._destination.publish(path, self._writer).damaged_frames
         except Exception as error:
             if path.exists():
                 self._complaints.say("publish", "a segment stays in the spool and is tried again: %s", error)
@@ -213,13 +216,13 @@ class Publisher:
     def _tell(self, *, closed: bool) -> None:
         tally = as_tally(
             self._stats(),
-            writer=self._room.writer,
+            writer=self._writer,
             started=self._started,
             closed=closed,
             damaged_frames=self._damaged_frames,
         )
         try:
-            self._destination.write_tally(self._room.writer, tally)
+            self._destination.write_tally(self._writer, tally)
         except Exception as error:
             self._complaints.say("tally", "the counts of this process could not be written: %s", error)
 

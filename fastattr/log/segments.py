@@ -363,5 +363,11 @@ def _saving(failure: str, advice: str, kind: type[Exception]) -> Iterator[None]:
 
 def _to_parquet(batches: tuple[pa.RecordBatch, ...]) -> bytes:
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_batches(batches, schema=SCHEMA), buffer, compression="zstd", row_group_size=ROW_GROUP)
+    pq.write_table(
+        pa.Table.from_batches(batches, schema=SCHEMA),
+        buffer,
+        compression="zstd",
+        row_group_size=ROW_GROUP,
+        write_page_checksum=True,
+    )
     return buffer.getvalue().to_pybytes()

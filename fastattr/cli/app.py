@@ -1,4 +1,4 @@
-"""`fastattr demo | explain | show | models | eval | bench`."""
+"""`fastattr demo | explain | show | models | eval | bench | log | worker`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import typer
 from tqdm import tqdm
 
 import fastattr
-from fastattr.errors import FastattrError, InputError, SaveError
+from fastattr.cli import log, worker
+from fastattr.cli.output import Json, check_suffix, print_attributions, write
+from fastattr.errors import FastattrError, InputError
 
 app = typer.Typer(
     help="See why a multimodal LLM said each word.",
@@ -45,9 +47,6 @@ class BackendName(str, Enum):
     auto = "auto"
     triton = "triton"
     torch = "torch"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 
 
 @app.command()
@@ -117,7 +116,7 @@ def show(
     why = fastattr.Attribution.load(path)
     if out is not None:
         write([why], out)
-    _print([why], out, as_json)
+    print_attributions([why], out, as_json)
 
 
 @app.command()
@@ -206,6 +205,9 @@ def bench(
     raise typer.Exit(ran.returncode)
 
 
+app.add_typer(log.app, name="log")
+app.command()(worker.worker)
+
 # --- the work --------------------------------------------------------------------------------------
 
 
@@ -223,7 +225,7 @@ def _explain(
     open_browser: bool,
     backend: BackendName = BackendName.auto,
 ) -> None:
-    _check_suffix(out)
+    check_suffix(out)
     explained: list[fastattr.Attribution] = []
     with tqdm(total=len(methods) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
         _say(progress, f"loading {model_name}")
@@ -246,7 +248,7 @@ def _explain(
             explained.append(why)
             progress.update()
     write(explained, out)
-    _print(explained, out, as_json)
+    print_attributions(explained, out, as_json)
     if open_browser:
         webbrowser.open(out.resolve().as_uri())
 
@@ -276,105 +278,6 @@ def _say(progress: Any, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     else:
         progress.set_description(text)
-
-
-def write(explained: list[fastattr.Attribution], out: Path) -> None:
-    """Write attributions of one response in the format of the suffix."""
-    from fastattr.storage import whole_file
-
-    _check_suffix(out)
-    first, others = explained[0], explained[1:]
-    if out.suffix == ".html":
-        first.to_html(out, others=others)
-        return
-    if others:
-        raise InputError(f"{str(out)!r} holds one method; got {len(explained)}. Only .html shows several")
-    if out.suffix == ".safetensors":
-        first.save(out)
-    elif out.suffix == ".png":
-        first.to_png(out)
-    else:
-        with whole_file(out) as file:
-            file.write(json.dumps(as_dict(first, maps=True)).encode())
-
-
-def _check_suffix(out: Path) -> None:
-    if out.suffix not in (".html", ".safetensors", ".png", ".json"):
-        raise SaveError(f"{str(out)!r} ends in {out.suffix!r}, expected .html, .safetensors, .png or .json")
-
-
-def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
-    """Plain values for JSON; maps as nested lists `[target][t][h][w]` for each image if wanted."""
-    evidence = None if why.evidence is None else why.evidence.tolist()
-    descriptors = why.descriptors
-    tokens = [
-        {
-            "token": token,
-            "id": why.token_ids[i],
-            "span": why.spans[i],
-            "log_prob": round(float(why.log_prob[i]), 4),
-            "evidence": None if evidence is None else round(evidence[i], 4),
-            "agreement": [round(value, 4) for value in why.agreement[i].tolist()],
-            "degenerate": bool(why.degenerate[i]),
-            **{name: round(float(values[i]), 4) for name, values in vars(descriptors).items()},
-        }
-        for i, token in enumerate(why.tokens)
-    ]
-    result: dict[str, Any] = {
-        "response": why.response,
-        "prompt": why.prompt,
-        "model": why.model,
-        "method": why.config.method,
-        "scales": why.config.scales,
-        "backend": why.backend,
-        "grids": [list(m.shape[1:]) for m in why.image],
-        "tokens": tokens,
-        "notes": why.notes,
-    }
-    if maps:
-        result["image"] = [
-            [[[[round(v, 4) for v in row] for row in frame] for frame in target] for target in m.tolist()]
-            for m in why.image
-        ]
-        result["context_tokens"] = why.context_tokens
-        result["context"] = [[round(v, 4) for v in row] for row in why.context.tolist()]
-    return result
-
-
-def _print(explained: list[fastattr.Attribution], out: Path | None, as_json: bool) -> None:
-    why = explained[0]
-    if as_json:
-        print(json.dumps({**as_dict(why, maps=False), "out": None if out is None else str(out)}))
-        return
-    print(why.response)
-    print()
-    print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
-    low = set() if why.evidence is None else {target for word in why.low_evidence for target in word.targets[0]}
-    for i, token in enumerate(why.tokens):
-        evidence = "" if why.evidence is None else f"{float(why.evidence[i]):+.2f}"
-        mark = "?" if i in low else ""
-        print(f"{token.strip()!r:<14}{evidence:>10} {mark:<1}{float(why.log_prob[i].exp()):>13.3f}  {_where(why, i)}")
-    if low and why.calibration is not None:
-        print(f"? {why.calibration}")
-    for note in why.notes:
-        print(f"note: {note}")
-    if out is not None:
-        print(f"\n{out.resolve()}")
-
-
-def _where(why: fastattr.Attribution, target: int) -> str:
-    """The strongest place of a token, in words."""
-    strongest = max(range(len(why.image)), key=lambda image: float(why.image[image][target].max()))
-    maps = why.image[strongest][target]
-    if float(maps.max()) <= 0:
-        return "nowhere"
-    t, h, w = maps.shape
-    frame, rest = divmod(int(maps.argmax()), h * w)
-    row, column = divmod(rest, w)
-    place = f"{float(maps.max()):.2f} at row {row + 1}/{h}, column {column + 1}/{w}"
-    if t > 1:
-        place += f", frame {frame + 1}/{t}"
-    return place + (f", image {strongest + 1}" if len(why.image) > 1 else "")
 
 
 def _parse_scales(text: str) -> tuple[float, ...]:
