@@ -15,6 +15,7 @@ LEAVES = {"fastattr.errors", "fastattr.types"}
 # module or package -> what of ours it may import when it is imported, besides errors and types
 ARROWS: dict[str, set[str]] = {
     "fastattr": {"fastattr.pipeline", "fastattr.adapters"},
+    "fastattr.__main__": {"fastattr.cli"},
     "fastattr.errors": set(),
     "fastattr.types": set(),
     "fastattr.images": set(),

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastattr.calibration import Calibration
-from fastattr.descriptors import describe_maps
+from fastattr.descriptors import describe_levels
 from fastattr.errors import InputError, SaveError
 from fastattr.log.schema import CONTEXT, SCHEMA, TOKEN, TOP_CONTEXT
 from fastattr.selection import BOX_LEVEL
@@ -142,7 +142,8 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
     """
     cells, broken = _clean_maps(why.image)
     by_image = _split(cells, [m.shape[1:] for m in why.image])
-    described = describe_maps([torch.from_numpy(maps) for maps in by_image], torch.nan_to_num(why.context, posinf=0.0))
+    levels = _quantise(cells)
+    described = describe_levels(levels, np.nan_to_num(why.context.float().numpy(), posinf=0.0).sum(1, np.float64))
     evidence = None if why.evidence is None else _finite(why.evidence)
     log_prob, n_prompt = _finite(why.log_prob), len(why.context_tokens) - len(why)
     text = content == "text"
@@ -173,7 +174,7 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
         "min_evidence": None if evidence is None else _min(evidence),
         "low_evidence": None if evidence is None else len(why.low_evidence),
         "mean_image_share": _mean(_finite(described.image_share)),
-        "maps": b"".join(_quantise(maps).tobytes() for maps in by_image),
+        "maps": b"".join(maps.tobytes() for maps in np.split(levels, np.cumsum([m[0].size for m in by_image])[:-1], 1)),
         "grids": [list(maps.shape[1:]) for maps in by_image],
         "extents": why.extents,
         "scale_grids": json.dumps(why.grids),

@@ -72,20 +72,25 @@ class SpoolWriter:
             SaveError: the frame cannot be written; the file is as it was before, and may be appended to later.
         """
         table = pa.Table.from_batches(batches, schema=SCHEMA)
-        frame = memoryview(b"".join(_frame(batch) for batch in table.combine_chunks().to_batches()))
+        # header and body of each frame, written as they lie: a joined copy of megabytes would hold the interpreter's lock
+        pieces = [memoryview(piece) for batch in table.combine_chunks().to_batches() for piece in _frame(batch)]
+        size = sum(piece.nbytes for piece in pieces)
         try:
             if self._torn:
                 self._cut()
             self._torn = True  # until every byte of the frame is there
             written = 0
-            while written < len(frame):
-                written += os.pwrite(self._file, frame[written:], self.n_bytes + written)
+            for piece in pieces:
+                done = 0
+                while done < piece.nbytes:
+                    done += os.pwrite(self._file, piece[done:], self.n_bytes + written + done)
+                written += piece.nbytes
             self._torn = False
         except OSError as error:
             with suppress(OSError):  # else the next append tries again
                 self._cut()
             raise _cannot_write(self.path, error) from error
-        self.n_bytes += len(frame)
+        self.n_bytes += size
         self.n_rows += table.num_rows
 
     def sync(self) -> None:
@@ -195,13 +200,14 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _frame(batch: pa.RecordBatch) -> bytes:
+def _frame(batch: pa.RecordBatch) -> tuple[bytes, pa.Buffer]:
+    """Header and body."""
     payload = pa.BufferOutputStream()
     with pa.ipc.new_stream(payload, SCHEMA) as stream:
         stream.write_batch(batch)
     body = payload.getvalue()
     header = _HEADER.pack(MAGIC, body.size, zlib.crc32(body), 0)[:-4]
-    return b"".join((header, struct.pack("<I", zlib.crc32(header)), body))
+    return header + struct.pack("<I", zlib.crc32(header)), body
 
 
 def _read_header(data: bytes, position: int) -> tuple[int, int] | None:

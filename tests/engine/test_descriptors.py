@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattr.descriptors import describe_maps
+from fastattr.descriptors import describe_levels, describe_maps
 from tests.engine.samples import make_attribution
 
 
@@ -50,3 +51,16 @@ def test_an_attribution_describes_its_own_maps() -> None:
     found = why.descriptors
     expected = sum(float(maps[3].sum()) for maps in why.image)
     assert float(found.image_share[3]) == pytest.approx(expected / (expected + float(why.context[3].sum())), rel=1e-5)
+
+
+@given(
+    cells=st.lists(st.lists(st.integers(0, 255), min_size=6, max_size=6), min_size=1, max_size=5),
+    context=st.sampled_from([0.0, 1e-3, 2.5]),
+)
+def test_levels_are_described_as_the_maps_they_stand_for(cells: list[list[int]], context: float) -> None:
+    levels = np.array(cells, np.uint8)
+    found = describe_levels(levels, np.full(len(cells), context))
+    maps = torch.from_numpy(levels).double()[:, None, None] / 255
+    expected = describe_maps([maps.float()], torch.full((len(cells), 1), context))
+    for name, values in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), values, rtol=1e-5, atol=1e-6)

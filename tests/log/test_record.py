@@ -135,8 +135,9 @@ def test_summaries() -> None:
     assert (row["n_tokens"], row["n_prompt"]) == (8, 2)
     assert [token["position"] for token in row["tokens"]] == list(range(8))
     assert row["mean_image_share"] == pytest.approx(np.mean([token["image_share"] for token in row["tokens"]]))
-    for name, values in vars(why.descriptors).items():
-        assert [token[name] for token in row["tokens"]] == values.tolist()
+    stored = dataclasses.replace(why, image=tuple((maps * 255).round() / 255 for maps in why.image))
+    for name, values in vars(stored.descriptors).items():
+        assert [token[name] for token in row["tokens"]] == pytest.approx(values.tolist(), abs=1e-6)
     without = row_of(dataclasses.replace(why, evidence=None))
     assert without["mean_evidence"] is without["min_evidence"] is without["low_evidence"] is None
     assert all(token["evidence"] is None for token in without["tokens"])
