@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -155,7 +156,7 @@ def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
     nats = evidence.tolist()
     return tuple(
         Selection(attribution, (span,), (targets,))
-        for span, targets in zip(spans, _targets(attribution, spans), strict=True)
+        for span, targets in zip(spans, token_targets(attribution, spans), strict=True)
         if sum(nats[target] for target in targets) < threshold
     )
 
@@ -168,10 +169,10 @@ def _select(attribution: Attribution, pattern: str, asked: str, flags: int) -> S
         words = list(dict.fromkeys(re.findall(r"\w+", attribution.response)))
         shown = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
         raise PhraseError(f"{asked} is not in the response; its words are: {shown}")
-    return Selection(attribution, spans, _targets(attribution, spans))
+    return Selection(attribution, spans, token_targets(attribution, spans))
 
 
-def _targets(attribution: Attribution, spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+def token_targets(attribution: Attribution, spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
     """The tokens that share a character with each span; token spans are in reading order."""
     starts, stops = zip(*attribution.spans, strict=True)
     return tuple(tuple(range(bisect_right(stops, first), bisect_left(starts, last))) for first, last in spans)
@@ -199,14 +200,38 @@ def peak_box(maps: Tensor, extent: Box, size: tuple[int, int]) -> Box | None:
     width = max(frame.shape[1], round(covered_width * shrink))
     fine = F.interpolate(frame[None, None], size=(height, width), mode="bilinear", align_corners=False)[0, 0]
 
-    inside = Image.fromarray(((fine >= BOX_LEVEL * fine.max()).to(torch.uint8) * 255).numpy()).copy()
     row, column = divmod(int(fine.argmax()), width)
-    ImageDraw.floodfill(inside, (column, row), 128)
-    found = inside.point([255 if value == 128 else 0 for value in range(256)]).getbbox()
-    if found is None:  # cannot be: the peak itself is inside
-        raise AssertionError("the peak of a map lies outside its own region")
+    found = _region((fine >= BOX_LEVEL * fine.max()).numpy(), row, column)
     step_x, step_y = covered_width / width, covered_height / height
     return (left + found[0] * step_x, top + found[1] * step_y, left + found[2] * step_x, top + found[3] * step_y)
+
+
+def _region(inside: np.ndarray, row: int, column: int) -> tuple[int, int, int, int]:
+    """The box, `(left, top, right, bottom)`, around the pixels that are connected to one of them by their sides.
+
+    Args:
+        inside: bool `[h w]`; true at `(row, column)`.
+    """
+    steps = np.diff(np.pad(inside, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    starts = [np.flatnonzero(line > 0).tolist() for line in steps]  # of the runs of each row
+    stops = [np.flatnonzero(line < 0).tolist() for line in steps]
+    first = (row, bisect_right(stops[row], column))
+    found, waiting = {first}, [first]
+    while waiting:
+        y, run = waiting.pop()
+        for near in (y - 1, y + 1):
+            if not 0 <= near < len(inside):
+                continue
+            touching = range(bisect_right(stops[near], starts[y][run]), bisect_left(starts[near], stops[y][run]))
+            fresh = {(near, other) for other in touching} - found
+            found |= fresh
+            waiting.extend(fresh)
+    return (
+        min(starts[y][run] for y, run in found),
+        min(y for y, _ in found),
+        max(stops[y][run] for y, run in found),
+        max(y for y, _ in found) + 1,
+    )
 
 
 def _only(values: Sequence[T], one: str, many: str) -> T:

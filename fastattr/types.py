@@ -18,6 +18,7 @@ from fastattr.errors import InputError, TokenLayoutError
 if TYPE_CHECKING:
     from fastattr.calibration import Calibration
     from fastattr.descriptors import Descriptors
+    from fastattr.fields import Field
     from fastattr.selection import Selection
 
 Method = Literal["lens", "tam", "arc"]
@@ -389,6 +390,12 @@ class Attribution:
         from fastattr.selection import select_pattern
 
         return select_pattern(self, pattern)
+
+    def fields(self) -> tuple[Field, ...]:
+        """Each value of a response that is JSON, with its place in the picture, see `read_fields`. Raises `InputError`."""
+        from fastattr.fields import read_fields
+
+        return read_fields(self)
 
     @property
     def low_evidence(self) -> tuple[Selection, ...]:

@@ -56,10 +56,11 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.text",
     },
     "fastattr.selection": {"fastattr.report", "fastattr.text"},
+    "fastattr.fields": {"fastattr.selection", "fastattr.text"},
     "fastattr.storage": {"fastattr.calibration"},
     "fastattr.metrics": set(),
     "fastattr.metrics.faithfulness": {"fastattr.images"},
-    "fastattr.report": {"fastattr.storage"},
+    "fastattr.report": {"fastattr.fields", "fastattr.selection", "fastattr.storage"},
     "fastattr.demo": {"fastattr.adapters", "fastattr.images", "fastattr.pipeline"},
     "fastattr.datasets": {"fastattr.demo", "fastattr.images", "fastattr.text"},
     "fastattr.evaluate": {
@@ -107,6 +108,7 @@ LAZY_DOORS = {
     "fastattr.types": {
         "fastattr.calibration",
         "fastattr.descriptors",
+        "fastattr.fields",
         "fastattr.selection",
         "fastattr.storage",
         "fastattr.report",

@@ -1,7 +1,8 @@
 "use strict";
 
-// State is two numbers: the token under the pointer or the keyboard (`cursor`) and the one kept (`pinned`).
-// `show` draws from them; every event handler only sets them and calls it.
+// State is two numbers: the token or field under the pointer or the keyboard (`cursor`) and the one kept (`pinned`).
+// Tokens count from 0, the fields of an answer that is JSON go on from there. `show` draws from the two; every event
+// handler only sets them and calls it.
 
 const $ = (id) => document.getElementById(id);
 const page = JSON.parse($("payload").textContent);
@@ -15,6 +16,9 @@ const PLAY_MS = 400;
 const colors = new Uint32Array(decode(page.colors).buffer);
 const tokens = page.response.pieces.map(([, text]) => text);
 const nTokens = tokens.length;
+const fields = page.fields.map(([stem, step, value, isText, complete, targets]) => ({
+  stem, step, value, isText, complete, targets,
+}));
 const nPrompt = page.prompt.pieces.length;
 
 let view = null;
@@ -35,12 +39,17 @@ const responseWords = page.response.pieces.map(([, text, isText], i) => {
   if (/^\s+$/.test(text)) word.classList.add(text.includes("\n") ? "newline" : "space");
   return word;
 });
+const rows = fields.map(buildRow);
 const words = [...promptWords, ...responseWords];
+const things = [...responseWords, ...rows]; // all that can be shown
 const tints = new Uint8Array(words.length);
 const screens = page.pictures.map(buildScreen);
 
 layOut($("prompt"), page.prompt, promptWords);
 layOut($("response"), page.response, responseWords);
+$("fields").append(...rows);
+$("fields-count").textContent = `${fields.length} ${fields.length === 1 ? "value" : "values"}`;
+document.body.classList.toggle("structured", fields.length > 0);
 $("model").textContent = page.model;
 document.title = `${$("response").textContent.replace(/\s+/g, " ").slice(0, 60)} · fastattr`;
 buildSwitch();
@@ -50,6 +59,31 @@ use(0);
 function layOut(parent, { pieces, tail }, spans) {
   pieces.forEach(([before], i) => parent.append(before, spans[i]));
   parent.append(tail);
+}
+
+function buildRow({ stem, step, value, isText, complete }, k) {
+  const row = element("tr", "field");
+  row.dataset.index = nTokens + k;
+  const name = element("th");
+  name.scope = "row";
+  const button = element("button");
+  button.type = "button";
+  button.tabIndex = k === 0 ? 0 : -1;
+  const head = element("i");
+  for (const part of stem.split(/(?=[.[])/)) head.append(part, element("wbr"));
+  button.append(head, step);
+  name.append(button);
+  const cell = element("td");
+  const shown = element("span", isText ? "value" : "value literal", value);
+  shown.dir = "auto";
+  if (value === "") {
+    shown.classList.add("empty");
+    shown.textContent = "empty";
+  }
+  cell.append(shown);
+  if (!complete) cell.append(element("span", "cut", "cut off"));
+  row.append(name, cell, element("td", "evidence-key"));
+  return row;
 }
 
 function buildSwitch() {
@@ -78,12 +112,14 @@ function buildScreen(picture, k) {
   img.alt = `Image ${k + 1}, ${picture.width} by ${picture.height} pixels`;
   if (picture.frames.length) stack.append(img);
   else stack.classList.add("blank");
-  stack.append(canvas);
+  const frameOfBox = element("div", "frame");
+  frameOfBox.hidden = true;
+  stack.append(canvas, frameOfBox);
   figure.append(stack);
   $("pictures").append(figure);
 
   const count = Math.max(picture.frames.length, ...page.views.map((v) => v.maps[k].grid[0]));
-  const screen = { k, picture, img, canvas, count, frame: -1, slider: null, button: null, timer: 0 };
+  const screen = { k, picture, img, canvas, frameOfBox, count, frame: -1, slider: null, button: null, timer: 0 };
   if (count > 1) figure.append(buildPlayer(screen));
   return screen;
 }
@@ -142,6 +178,7 @@ function use(i) {
   lowWords = view.low ? view.low.words : [];
   lowOf = new Map(lowWords.flatMap((word) => word.targets.map((target) => [target, word])));
   responseWords.forEach(colorByEvidence);
+  rows.forEach(colorRow);
   $("low-key").textContent = view.low ? view.low.key : "";
   $("low-step").hidden = lowWords.length === 0;
   $("low-step").textContent = `${lowWords.length} ${lowWords.length === 1 ? "word" : "words"} with low evidence`;
@@ -186,54 +223,117 @@ function fitCanvas(screen) {
 function colorByEvidence(word, i) {
   const nats = view.evidence ? view.evidence[i] : null;
   const low = lowOf.get(i);
-  word.classList.remove("seen", "even", "against");
+  underline(word, nats);
   word.classList.toggle("low", low !== undefined);
   word.classList.toggle("low-end", low?.targets.at(-1) === i);
-  if (nats !== null) word.classList.add(verdict(nats).kind);
-  word.style.setProperty("--strength", nats === null ? 0 : Math.min(1, Math.abs(nats) / STRONG));
-  const said = tokens[i].trim() || "white space";
-  const sure = view.logProb[i] === null ? "" : `, probability ${percentOf(Math.exp(view.logProb[i]))}`;
-  const seen = nats === null ? "" : `, ${verdict(nats).name}`;
-  word.setAttribute("aria-label", `${said}${sure}${seen}${low ? ", low evidence" : ""}`);
+  speak(word, tokens[i].trim() || "white space", view.logProb[i], nats, low ? ", low evidence" : "");
 }
 
-// ---- showing a token ---------------------------------------------------------------------------
+function colorRow(row, k) {
+  const { stem, step, value, complete } = fields[k];
+  const { nats, logProb } = scoresOf(nTokens + k);
+  underline(row.querySelector(".value"), nats);
+  row.lastElementChild.textContent = nats === null ? "–" : signed(nats);
+  speak(row.querySelector("button"), `${stem}${step}: ${value || "empty"}`, logProb, nats, complete ? "" : ", cut off");
+}
+
+function underline(word, nats) {
+  word.classList.remove("seen", "even", "against");
+  if (nats !== null) word.classList.add(verdict(nats).kind);
+  word.style.setProperty("--strength", nats === null ? 0 : Math.min(1, Math.abs(nats) / STRONG));
+}
+
+function speak(button, said, logProb, nats, remark) {
+  const sure = logProb === null ? "" : `, probability ${percentOf(Math.exp(logProb))}`;
+  const seen = nats === null ? "" : `, ${verdict(nats).name}`;
+  button.setAttribute("aria-label", `${said}${sure}${seen}${remark}`);
+}
+
+// ---- showing a token or a field ----------------------------------------------------------------
+
+function fieldOf(i) {
+  return i === null || i < nTokens ? undefined : fields[i - nTokens];
+}
+
+function targetsOf(i) {
+  return i === null ? [] : (fieldOf(i)?.targets ?? [i]);
+}
+
+/** Evidence, log-probability and agreement of a token, or of all tokens of a field together; null is unknown. */
+function scoresOf(i) {
+  const targets = targetsOf(i);
+  const over = (join, of) => {
+    const values = targets.map(of);
+    return values.length && values.every((value) => value !== null) ? values.reduce(join) : null;
+  };
+  const sum = (a, b) => a + b;
+  return {
+    nats: view.evidence && over(sum, (target) => view.evidence[target]),
+    logProb: over(sum, (target) => view.logProb[target]),
+    agreement: view.scales.map((_, s) => over((a, b) => a * b, (target) => view.agreement[target][s])),
+  };
+}
 
 function show() {
   const shown = cursor ?? pinned;
   if (active !== shown) {
-    responseWords[active]?.classList.remove("active");
-    responseWords[shown]?.classList.add("active");
+    mark(active, false);
+    mark(shown, true);
     active = shown;
   }
   const kept = document.querySelector(".pinned");
-  if (kept !== (responseWords[pinned] ?? null)) {
+  if (kept !== (things[pinned] ?? null)) {
     kept?.classList.remove("pinned");
-    kept?.setAttribute("aria-pressed", "false");
-    responseWords[pinned]?.classList.add("pinned");
-    responseWords[pinned]?.setAttribute("aria-pressed", "true");
+    if (kept) buttonOf(kept).setAttribute("aria-pressed", "false");
+    things[pinned]?.classList.add("pinned");
+    if (things[pinned]) buttonOf(things[pinned]).setAttribute("aria-pressed", "true");
   }
   tintWords();
+  for (const screen of screens) screen.heat = heatOf(view.maps[screen.k]);
   screens.forEach((screen) => setFrame(screen, screen.timer ? screen.frame : bestFrame(screen)));
   describe();
 }
 
+function mark(i, on) {
+  things[i]?.classList.toggle("active", on);
+  for (const target of fieldOf(i)?.targets ?? []) responseWords[target].classList.toggle("held", on);
+}
+
 /** Only words whose tint really changes are touched. */
 function tintWords() {
-  const before = active === null ? 0 : nPrompt + active;
-  const row = active === null ? 0 : active * (nPrompt + nTokens);
+  const targets = targetsOf(active);
+  const before = targets.length ? nPrompt + targets[0] : 0;
   for (let j = 0; j < words.length; j++) {
-    const step = j < before ? Math.round((view.tints[row + j] / 255) * TINT_STEPS) : 0;
+    let level = 0;
+    if (j < before) for (const target of targets) level = Math.max(level, view.tints[target * words.length + j]);
+    const step = Math.round((level / 255) * TINT_STEPS);
     if (tints[j] === step) continue;
     tints[j] = step;
     words[j].style.setProperty("--tint", step / TINT_STEPS);
   }
 }
 
+/** Levels `[t h w]` of what is shown, of a field the maximum over its tokens. */
+function heatOf({ grid: [t, h, w], levels }) {
+  const size = t * h * w;
+  const [first, ...others] = targetsOf(active).map((target) => levels.subarray(target * size, (target + 1) * size));
+  if (!others.length) return first ?? null;
+  const heat = first.slice();
+  for (const other of others) for (let i = 0; i < size; i++) if (other[i] > heat[i]) heat[i] = other[i];
+  return heat;
+}
+
+function boxOf({ k }) {
+  return fieldOf(active) ? view.boxes[active - nTokens][k] : null;
+}
+
 function bestFrame(screen) {
-  if (screen.count === 1 || active === null) return Math.max(0, screen.frame);
+  const targets = targetsOf(active);
+  if (screen.count === 1 || !targets.length) return Math.max(0, screen.frame);
   const { grid: [t], mass } = view.maps[screen.k];
-  const own = mass.subarray(active * t, (active + 1) * t);
+  const box = boxOf(screen);
+  if (box) return Math.ceil((box[4] * screen.count) / t);
+  const own = mass.subarray(targets[0] * t, (targets[0] + 1) * t);
   return Math.ceil((own.indexOf(Math.max(...own)) * screen.count) / t);
 }
 
@@ -255,15 +355,17 @@ function setFrame(screen, frame) {
 
 /** Bilinear heat, pixel centres aligned, then colour: the same as `overlay` in Python. */
 function paint(screen) {
-  const { context, canvas: { width, height }, across, down, strips, pixels } = screen;
-  if (active === null) return context.clearRect(0, 0, width, height);
-  const { grid: [t, rows, cols], levels } = view.maps[screen.k];
-  const start = (active * t + Math.floor((screen.frame * t) / screen.count)) * rows * cols;
+  const { context, canvas: { width, height }, across, down, strips, pixels, heat } = screen;
+  const { grid: [t, rows, cols] } = view.maps[screen.k];
+  const frame = Math.floor((screen.frame * t) / screen.count);
+  placeBox(screen, frame);
+  if (!heat) return context.clearRect(0, 0, width, height);
+  const start = frame * rows * cols;
   for (let y = 0, at = 0; y < rows; y++) {
     const row = start + y * cols;
     for (let x = 0; x < width; x++, at++) {
-      const a = levels[row + across.low[x]];
-      strips[at] = a + (levels[row + across.high[x]] - a) * across.share[x];
+      const a = heat[row + across.low[x]];
+      strips[at] = a + (heat[row + across.high[x]] - a) * across.share[x];
     }
   }
   for (let y = 0, at = 0; y < height; y++) {
@@ -276,6 +378,17 @@ function paint(screen) {
     }
   }
   context.putImageData(screen.image, 0, 0);
+}
+
+/** The box of a field, on the frame it was found on. */
+function placeBox(screen, frame) {
+  const box = boxOf(screen);
+  screen.frameOfBox.hidden = !box || box[4] !== frame;
+  if (!box) return;
+  const [left, top, right, bottom] = box.map((share) => share * 100);
+  Object.assign(screen.frameOfBox.style, {
+    left: `${left}%`, top: `${top}%`, width: `${right - left}%`, height: `${bottom - top}%`,
+  });
 }
 
 /** For each of `size` pixels the two of `n` cells it lies between and how far it is from the first. */
@@ -297,16 +410,25 @@ function taps(n, size) {
 function describe() {
   $("panel").classList.toggle("idle", active === null);
   if (active === null) return;
-  $("word").textContent = tokens[active].replace(/\n/g, "↵").trim() || "space";
-  $("place").textContent = `token ${active + 1} of ${nTokens}`;
-  describeProbability(view.logProb[active]);
-  describeEvidence(view.evidence ? view.evidence[active] : null);
+  const field = fieldOf(active);
+  const { nats, logProb, agreement } = scoresOf(active);
+  const written = (field ? field.value : tokens[active]).replace(/\n/g, "↵").trim();
+  $("word").textContent = written || (field?.value === "" ? "empty" : "space");
+  $("place").textContent = field ? placeOf(field) : `token ${active + 1} of ${nTokens}`;
+  $("cut").hidden = field?.complete ?? true;
+  describeProbability(logProb);
+  describeEvidence(nats);
   describeLow(lowOf.get(active));
-  view.agreement[active].forEach((share, s) => {
+  agreement.forEach((share, s) => {
     const row = $("agreement").lastElementChild.children[s];
     fillBar(row.lastElementChild, share, share === null ? "unknown" : percentOf(share));
   });
-  $("degenerate").hidden = !view.degenerate[active];
+  const targets = targetsOf(active);
+  $("degenerate").hidden = !targets.length || !targets.every((target) => view.degenerate[target]);
+}
+
+function placeOf({ stem, step, targets }) {
+  return `${stem}${step} · ${targets.length} ${targets.length === 1 ? "token" : "tokens"}`;
 }
 
 function describeProbability(logProb) {
@@ -362,46 +484,71 @@ function moved(event) {
   return true;
 }
 
-$("response").addEventListener("pointerover", (event) => {
-  const token = tokenOf(event.target);
-  if (event.pointerType === "touch" || !token || !moved(event)) return; // between two words the last one stays
-  cursor = indexOf(token);
-  show();
-});
-$("response").addEventListener("pointerleave", (event) => {
-  if (!moved(event)) return;
-  cursor = null;
-  show();
-});
-$("response").addEventListener("click", (event) => {
-  const token = tokenOf(event.target);
-  if (token) toggle(indexOf(token));
-});
-$("response").addEventListener("focusin", (event) => {
-  if (!event.target.matches(".token:focus-visible")) return; // a click also focuses, and has said what it wants
-  cursor = indexOf(event.target);
-  show();
-});
-$("response").addEventListener("focusout", (event) => {
-  if (tokenOf(event.relatedTarget)) return; // it only moves on
-  cursor = null;
-  show();
-});
+for (const list of [$("response"), $("fields")]) {
+  list.addEventListener("pointerover", (event) => {
+    const thing = thingOf(event.target);
+    if (event.pointerType === "touch" || !thing || !moved(event)) return; // between two words the last one stays
+    cursor = indexOf(thing);
+    show();
+  });
+  list.addEventListener("pointerleave", (event) => {
+    if (!moved(event)) return;
+    cursor = null;
+    show();
+  });
+  list.addEventListener("click", (event) => {
+    const thing = thingOf(event.target);
+    if (thing) toggle(indexOf(thing));
+  });
+  list.addEventListener("focusin", (event) => {
+    if (!event.target.matches(":focus-visible")) return; // a click also focuses, and has said what it wants
+    cursor = indexOf(thingOf(event.target));
+    show();
+  });
+  list.addEventListener("focusout", (event) => {
+    if (thingOf(event.relatedTarget)) return; // it only moves on
+    cursor = null;
+    show();
+  });
+}
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") letGo();
   if (event.target.matches("input, summary")) return; // their keys are their own
-  const now = cursor ?? pinned ?? (event.key === "ArrowLeft" ? nTokens : -1);
-  const to = { ArrowLeft: now - 1, ArrowRight: now + 1, Home: 0, End: nTokens - 1 }[event.key];
-  if (to !== undefined) stepTo(Math.max(0, Math.min(nTokens - 1, to)));
-  else if ((event.key === "Enter" || event.key === " ") && tokenOf(event.target)) toggle(indexOf(event.target));
-  else return;
+  const thing = thingOf(event.target);
+  const to = thing?.matches(".field") ? rowFor(event.key, indexOf(thing)) : undefined;
+  const next = to ?? tokenFor(event.key);
+  if (next !== undefined) stepTo(next);
+  else if ((event.key === "Enter" || event.key === " ") && thing?.matches(".token")) toggle(indexOf(thing));
+  else return; // a row has a button, which takes the other keys itself
   event.preventDefault();
 });
 
+/** The row that a key leads to from row `i`. */
+function rowFor(key, i) {
+  const first = nTokens;
+  const last = nTokens + fields.length - 1;
+  const to = { ArrowUp: i - 1, ArrowDown: i + 1, Home: first, End: last }[key];
+  return to === undefined ? undefined : Math.max(first, Math.min(last, to));
+}
+
+/** The token that a key leads to; from a field into its own. */
+function tokenFor(key) {
+  const now = cursor ?? pinned;
+  const [first, last] = [targetsOf(now)[0], targetsOf(now).at(-1)];
+  const outside = fieldOf(now) ? 0 : 1;
+  const to = {
+    ArrowLeft: last === undefined ? nTokens - 1 : last - outside,
+    ArrowRight: first === undefined ? 0 : first + outside,
+    Home: 0,
+    End: nTokens - 1,
+  }[key];
+  return to === undefined ? undefined : Math.max(0, Math.min(nTokens - 1, to));
+}
+
 /** Keep the next word with low evidence, and after the last the first again. */
 $("low-step").addEventListener("click", () => {
-  const now = pinned ?? -1;
+  const now = targetsOf(pinned)[0] ?? -1;
   const next = lowWords.find(({ targets }) => targets[0] > now) ?? lowWords[0];
   cursor = null;
   if (pinned !== next.targets[0]) toggle(next.targets[0]);
@@ -410,10 +557,11 @@ $("low-step").addEventListener("click", () => {
 /** The pin, if there is one, travels along. */
 function stepTo(i) {
   if (pinned !== null) pinned = i;
-  $("response").querySelector('[tabindex="0"]').tabIndex = -1;
-  responseWords[i].tabIndex = 0;
-  responseWords[i].focus({ preventScroll: true });
-  responseWords[i].scrollIntoView({ block: "nearest" });
+  const button = buttonOf(things[i]);
+  things[i].parentElement.querySelector('[tabindex="0"]').tabIndex = -1;
+  button.tabIndex = 0;
+  button.focus({ preventScroll: true });
+  things[i].scrollIntoView({ block: "nearest" });
   cursor = i;
   show();
 }
@@ -421,12 +569,12 @@ function stepTo(i) {
 function toggle(i) {
   pinned = pinned === i ? null : i;
   show();
-  responseWords[pinned]?.scrollIntoView({ block: "nearest" }); // out from under what sticks to a phone's edges
+  things[pinned]?.scrollIntoView({ block: "nearest" }); // out from under what sticks to a phone's edges
 }
 
 function letGo() {
   cursor = pinned = null;
-  tokenOf(document.activeElement)?.blur();
+  if (thingOf(document.activeElement)) document.activeElement.blur();
   show();
 }
 
@@ -444,12 +592,17 @@ function fill(parent, children) {
   parent.hidden = children.length === 0;
 }
 
-function tokenOf(node) {
-  return node?.closest?.(".token");
+/** The token or the row of a field that a node is a part of. */
+function thingOf(node) {
+  return node?.closest?.(".token, .field");
 }
 
-function indexOf(token) {
-  return Number(token.dataset.index);
+function buttonOf(thing) {
+  return thing.querySelector("button") ?? thing;
+}
+
+function indexOf(thing) {
+  return Number(thing.dataset.index);
 }
 
 function times(nats) {

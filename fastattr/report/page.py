@@ -24,12 +24,17 @@ from PIL import Image
 from torch import Tensor
 
 from fastattr.errors import InputError
+from fastattr.fields import Field, path_name, read_fields
 from fastattr.report.picture import color_table, frames, quantise
+from fastattr.selection import peak_box
 from fastattr.storage import whole_file
 from fastattr.types import Attribution, AttributionConfig
 
 PNG_UP_TO = 512  # pixels of the longer side; larger pictures are embedded as JPEG
 JPEG_QUALITY = 90
+
+_LONGEST = 200  # characters of a value in the table of fields; the whole of it stands in the response
+_LONGEST_NAME = 80
 
 _NEAR = 16  # characters between two prompt tokens that may belong to none that can be found
 
@@ -87,6 +92,7 @@ def _payload(attributions: Sequence[Attribution]) -> dict[str, Any]:
     return {
         "model": first.model,
         "response": _passage(first.response, first.spans, first.tokens),
+        "fields": [dataclasses.astuple(_row(field)) for field in _fields(first)],
         "prompt": _passage(prompt, _locate(prompt, prompt_tokens), prompt_tokens),
         "pictures": [_picture(illustrated, image) for image in range(len(first.image))],
         "colors": _base64(color_table()),
@@ -174,6 +180,61 @@ def _locate(text: str, tokens: Sequence[str]) -> list[tuple[int, int]]:
     return spans
 
 
+def _fields(attribution: Attribution) -> tuple[Field, ...]:
+    """What the table shows: nothing where the response is no JSON, or a single value."""
+    try:
+        return tuple(field for field in read_fields(attribution) if field.path)
+    except InputError:
+        return ()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """How a field is shown.
+
+    Attributes:
+        stem, step: its name in two, `items[0]` and `.price`: only the second differs from row to row.
+        is_text: whether the value is a string; others are shown as written.
+    """
+
+    stem: str
+    step: str
+    value: str
+    is_text: bool
+    complete: bool
+    targets: tuple[int, ...]
+
+
+def _row(field: Field) -> _Row:
+    stem = path_name(field.path[:-1]) if len(field.path) > 1 else ""
+    step = field.name[len(stem) :]
+    written, targets = (field.selection.text, field.selection.targets[0]) if field.selection else ("", ())
+    value = field.value if isinstance(field.value, str) else written  # 1.50 is not 1.5
+    return _Row(
+        stem if len(stem) <= _LONGEST_NAME else f"…{stem[-_LONGEST_NAME:]}",
+        step if len(step) <= _LONGEST_NAME else f"{step[:_LONGEST_NAME]}…",
+        value if len(value) <= _LONGEST else f"{value[:_LONGEST]}…",
+        isinstance(field.value, str),
+        field.complete,
+        targets,
+    )
+
+
+def _field_boxes(attribution: Attribution, field: Field) -> list[tuple[float, ...] | None]:
+    """For each image `(left, top, right, bottom)` as shares of it and the frame of the map; None where there is none."""
+    boxes: list[tuple[float, ...] | None] = []
+    for image, maps in enumerate(field.selection.maps if field.selection else ()):
+        sizes = attribution.picture_sizes
+        height, width = sizes[image] if sizes else frames(attribution, image).shape[1:3]
+        box = peak_box(maps, attribution.extents[image], (height, width))
+        if box is None:
+            boxes.append(None)
+        else:
+            shares = (side / length for side, length in zip(box, (width, height, width, height), strict=True))
+            boxes.append((*(round(share, 4) for share in shares), int(maps.flatten(1).amax(dim=1).argmax())))
+    return boxes
+
+
 def _picture(attribution: Attribution, image: int) -> dict[str, Any]:
     pictures = frames(attribution, image)
     _, height, width, _ = pictures.shape
@@ -193,7 +254,7 @@ def _data_uri(picture: np.ndarray) -> str:
 
 
 def _view(attribution: Attribution, label: str) -> dict[str, Any]:
-    """What changes with the switch: maps `[target t h w]` and tints `[target context]` as uint8, and the scores."""
+    """What changes with the switch: maps `[target t h w]` and tints `[target context]` as uint8, boxes, and scores."""
     relevance, evidence = attribution.relevance, attribution.evidence
     return {
         "label": label,
@@ -201,6 +262,7 @@ def _view(attribution: Attribution, label: str) -> dict[str, Any]:
             {"grid": heat.shape[1:], "extent": extent, "levels": _base64(quantise(heat))}
             for heat, extent in zip(attribution.image, attribution.extents, strict=True)
         ],
+        "boxes": [_field_boxes(attribution, field) for field in _fields(attribution)],
         "tint": "context" if relevance is None else "relevance",
         "tints": _base64(quantise(attribution.context if relevance is None else relevance)),
         "evidence": None if evidence is None else _finite(evidence),

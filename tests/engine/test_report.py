@@ -77,6 +77,37 @@ def synthetic(
     )
 
 
+def scene_as_json(seed: int = 7, *, frames: int = 1, n_images: int = 1) -> Attribution:
+    """The objects of a scene as a model would list them; each value's tokens look at its object."""
+    scene = make_scene(seed, 192, 256, n_objects=3)
+    objects = [{"name": o.name, "size": o.size, "center": [round(100 * c) for c in o.center]} for o in scene.objects]
+    answer = {"background": scene.background, "objects": objects, "title": None, "framed": True, "note": ""}
+    why = synthetic("```json\n" + json.dumps(answer, indent=2) + "\n```", prompt="List the objects as JSON.", seed=seed)
+    rows, columns = torch.meshgrid(torch.arange(18), torch.arange(24), indexing="ij")
+    maps = torch.full((len(why), frames, 18, 24), 0.02)
+    evidence = torch.full((len(why),), 0.1)
+    for k, o in enumerate(scene.objects):
+        begins, ends = (
+            list(re.finditer(pattern, why.response))[k].start() for pattern in (r"\{\s*\"name", r"\}(?=,?\s+[{\]])")
+        )
+        x, y = o.center[0] * 24 - 0.5, o.center[1] * 18 - 0.5
+        heat = (-((columns - x) ** 2 + (rows - y) ** 2) / (2 * (o.radius * 18) ** 2)).exp()
+        for target, (start, stop) in enumerate(why.spans):
+            if start >= begins and stop <= ends and re.search(r"\w", why.tokens[target]):
+                maps[target, k % frames] = heat * (0.5 + 0.5 * ((target * 7) % 5) / 4)
+                evidence[target] = ((target * 13) % 7 - 2) * 0.8
+    picture = np.asarray(scene.image)
+    return replace(
+        why,
+        image=(maps,) * n_images,
+        evidence=evidence,
+        grids=tuple(((frames, 18, 24),) * n_images for _ in why.config.scales),
+        extents=(WHOLE_IMAGE,) * n_images,
+        pictures=(np.stack([picture] * frames),) * n_images,
+        picture_sizes=((384, 512),) * n_images,
+    )
+
+
 def payload_of(page: str) -> dict:
     (text,) = re.findall(r'<script id="payload" type="application/json">(.*?)</script>', page, re.DOTALL)
     return json.loads(text)
@@ -191,6 +222,40 @@ def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
     why = replace(why, evidence=torch.tensor([-math.inf, 0.25]))
     (view,) = payload_of(write_html([why], tmp_path / "x.html").read_text())["views"]
     assert view["low"]["words"] == [{"text": "one", "targets": [0], "evidence": None}]
+
+
+def test_the_fields_of_an_answer_that_is_json_refer_to_its_tokens(tmp_path: Path) -> None:
+    why = scene_as_json(frames=2, n_images=2)
+    payload = payload_of(write_html([why], tmp_path / "x.html").read_text())
+    fields = why.fields()
+    assert [stem + step for stem, step, *_ in payload["fields"]] == [field.name for field in fields]
+    assert ["objects[1]", ".size"] in [row[:2] for row in payload["fields"]]
+    for row, field, boxes in zip(payload["fields"], fields, payload["views"][0]["boxes"], strict=True):
+        _, _, value, is_text, complete, targets = row
+        assert (json.loads(value) if not is_text else value) == field.value
+        assert complete
+        if field.value == "":
+            assert targets == boxes == []
+            continue
+        assert field.selection is not None
+        assert "".join(why.tokens[target] for target in targets).strip() == why.response[slice(*field.span)]
+        for maps, box, (*shares, frame) in zip(field.selection.maps, field.boxes, boxes, strict=True):
+            assert box is not None
+            np.testing.assert_allclose(np.array(shares) * [512, 384, 512, 384], box, atol=0.05)
+            assert maps[frame].max() == maps.max()
+
+
+@pytest.mark.parametrize("response", ["A red circle [1].", "3", '"red"', "{'a': 1}", "{}"])
+def test_other_answers_have_no_fields(tmp_path: Path, response: str) -> None:
+    payload = payload_of(write_html([synthetic(response)], tmp_path / "x.html").read_text())
+    assert payload["fields"] == payload["views"][0]["boxes"] == []
+
+
+def test_long_keys_and_values_do_not_swell_the_page(tmp_path: Path) -> None:
+    why = replace(synthetic("word"), response=json.dumps({"k" * 20_000: ["v"] * 300, "b": "w" * 20_000}))
+    payload = payload_of(write_html([why], tmp_path / "x.html").read_text())
+    assert len(payload["fields"]) == 301
+    assert len(json.dumps(payload["fields"])) < 301 * 200
 
 
 def test_the_switch_names_what_differs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from fastattr.calibration import Calibration
 from fastattr.report import notebook_html, overlay, write_html
 from fastattr.types import Attribution, AttributionConfig
-from tests.engine.test_report import HOSTILE, synthetic
+from tests.engine.test_report import HOSTILE, scene_as_json, synthetic
 
 DESKTOP = {"width": 1200, "height": 800}
 PHONE = {"width": 390, "height": 844}
@@ -379,6 +380,216 @@ def test_settings_are_in_the_footer(open_report: Open) -> None:
     footer = page.inner_text("footer")
     for part in ("read this", "rbo_p", "0.9", "1, 1.5, 2", "Describe the image.", "grid at 1.5×", "1×12×12", "0.1.0"):
         assert part in footer
+
+
+# ---- answers that are JSON -------------------------------------------------------------------------
+
+
+def row(index: int) -> str:
+    return f".field >> nth={index}"
+
+
+def rows_marked(page: Page, name: str) -> list[int]:
+    return page.evaluate(
+        "name => [...document.querySelectorAll('.field')].flatMap((r, k) => r.classList.contains(name) ? [k] : [])",
+        name,
+    )
+
+
+def held(page: Page) -> str:
+    return "".join(page.locator(".token.held").all_text_contents())
+
+
+def test_pointing_at_a_field_draws_its_map_and_its_box_and_marks_its_tokens(open_report: Open) -> None:
+    why = scene_as_json()
+    page = open_report(why)
+    assert page.locator(".field").count() == len(why.fields()) == 16
+    assert not page.locator(".stack .frame").is_visible()
+    field = why.fields()[1]
+    assert (field.name, field.value) == ("objects[0].name", "cyan square")
+    assert page.inner_text(row(1)).split() == ["objects[0].name", "cyan", "square", "−0.80"]
+    page.hover(row(1))
+    assert rows_marked(page, "active") == [1] and marked(page, "active") == []
+    assert held(page) == "cyansquare"
+    drawn = pixels(page)
+    assert field.selection is not None and field.box is not None
+    expected = np.asarray(
+        overlay(np.zeros((*drawn.shape[:2], 3), np.uint8), field.selection.map[0], (0, 0, 1, 1)), float
+    )
+    assert np.abs(drawn[..., :3] * (drawn[..., 3:] / 255.0) - expected).max() <= 6
+    stack, box = (page.locator(name).bounding_box() for name in (".stack", ".stack .frame"))
+    assert stack and box
+    scale = stack["width"] / 512
+    shown = [box["x"] - stack["x"], box["y"] - stack["y"], box["width"], box["height"]]
+    left, top, right, bottom = field.box
+    assert np.abs(np.array(shown) - scale * np.array([left, top, right - left, bottom - top])).max() < 1
+    assert page.inner_text("#word") == "cyan square"
+    assert page.inner_text("#place") == "objects[0].name · 2 tokens"
+    assert page.inner_text("#evidence dd") == "−0.80 nats"
+    assert field.log_prob is not None
+    assert f"{np.exp(field.log_prob) * 100:.0f} %" in page.inner_text("#probability")
+    rest_pointer(page)
+    assert not pixels(page).any() and held(page) == ""
+    assert not page.locator(".stack .frame").is_visible()
+    page.hover(token(40))  # a word has no box
+    assert pixels(page).any() and not page.locator(".stack .frame").is_visible()
+
+
+def test_a_field_is_kept_and_let_go(open_report: Open) -> None:
+    page = open_report(scene_as_json())
+    page.click(row(1))
+    rest_pointer(page)
+    assert rows_marked(page, "pinned") == [1] and marked(page, "pinned") == []
+    assert page.locator(".field button").nth(1).get_attribute("aria-pressed") == "true"
+    page.hover(token(40))
+    assert marked(page, "active") == [40] and held(page) == ""
+    page.click(token(40))
+    assert rows_marked(page, "pinned") == [] and marked(page, "pinned") == [40]
+    page.click(row(2))
+    page.click(row(2))
+    rest_pointer(page)
+    assert rows_marked(page, "pinned") == marked(page, "pinned") == []
+
+
+def test_keys_walk_the_fields_and_lead_into_their_tokens(open_report: Open) -> None:
+    why = scene_as_json()
+    page = open_report(why)
+    page.keyboard.press("Tab")
+    assert rows_marked(page, "active") == [0]
+    assert page.locator(".field button[tabindex='0']").count() == 1
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowDown")
+    assert rows_marked(page, "active") == [1] and held(page) == "cyansquare"
+    page.keyboard.press("Enter")
+    assert rows_marked(page, "pinned") == [1]
+    page.keyboard.press("Space")
+    assert rows_marked(page, "pinned") == []
+    page.keyboard.press("End")
+    assert rows_marked(page, "active") == [15]
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    selection = why.fields()[1].selection
+    assert selection is not None
+    assert marked(page, "active") == [selection.targets[0][0]] and rows_marked(page, "active") == []
+    page.keyboard.press("ArrowRight")
+    assert marked(page, "active") == [selection.targets[0][1]]
+    page.keyboard.press("Escape")
+    assert marked(page, "active") == rows_marked(page, "active") == []
+    spoken = page.locator(".field button").nth(1).get_attribute("aria-label")
+    assert spoken and spoken.startswith("objects[0].name: cyan square, probability ")
+    assert spoken.endswith(" %, Against the picture")
+
+
+def test_a_tapped_field_shows_its_place_on_a_phone(open_report: Open) -> None:
+    page = open_report(scene_as_json(), viewport=PHONE, has_touch=True, is_mobile=True)
+    page.locator(row(13)).tap()  # far down: the table scrolls
+    assert rows_marked(page, "pinned") == [13]
+    boxes = {name: page.locator(name).bounding_box() for name in (row(13), "#pictures", ".stack .frame", "#panel")}
+    picture, table_row, panel = boxes["#pictures"], boxes[row(13)], boxes["#panel"]
+    assert picture and table_row and panel and pixels(page).any()
+    assert picture["y"] + picture["height"] <= table_row["y"] + 1
+    assert table_row["y"] + table_row["height"] <= panel["y"] + 1
+
+
+def test_no_part_of_the_table_lies_on_the_picture_or_the_panel_of_a_phone(open_report: Open) -> None:
+    page = open_report(scene_as_json(), viewport=PHONE)
+    page.click(row(4))
+    rest_pointer(page)
+    for name in ("#pictures", "#panel"):
+        covered = page.evaluate(
+            """name => {
+                const part = document.querySelector(name);
+                const covers = (distance) => {
+                    window.scrollTo(0, distance);
+                    const { left, right, top, bottom } = part.getBoundingClientRect();
+                    return [0.05, 0.3, 0.6, 0.95].some((share) => {
+                        const found = document.elementFromPoint((left + right) / 2, top + share * (bottom - top));
+                        return found !== null && !part.contains(found);
+                    });
+                };
+                return Array.from({ length: 40 }, (_, step) => 25 * step).filter(covers);
+            }""",
+            name,
+        )
+        assert covered == [], name
+
+
+def test_a_field_of_a_video_opens_where_it_was_seen(open_report: Open) -> None:
+    why = scene_as_json(frames=3)
+    page = open_report(why)
+    names = [field.name for field in why.fields()]
+    for k in (2, 0, 1):
+        page.click(row(names.index(f"objects[{k}].name")))
+        assert page.inner_text("figure output") == f"{k + 1} / 3"
+        assert page.locator(".stack .frame").is_visible()
+    page.locator("figure input").fill("2")
+    assert not page.locator(".stack .frame").is_visible()
+
+
+def test_empty_and_cut_values_say_so(open_report: Open) -> None:
+    page = open_report(synthetic('{"a": "", "b": "not to the en'))
+    assert page.inner_text(row(0)).split() == ["a", "empty", "–"]
+    page.hover(row(0))
+    assert rows_marked(page, "active") == [0] and not pixels(page).any()
+    assert not page.locator(".stack .frame").is_visible()
+    assert page.inner_text("#word") == "empty"
+    assert not page.locator("#cut").is_visible()
+    assert page.inner_text(f"{row(1)} >> .cut") == "cut off"
+    page.hover(row(1))
+    assert page.locator("#cut").is_visible()
+    assert held(page) == "nottotheen"
+
+
+def test_hostile_keys_and_values_are_only_text(open_report: Open) -> None:
+    page = open_report(synthetic(json.dumps({HOSTILE[:40]: HOSTILE, "x": [HOSTILE]}, ensure_ascii=False)))
+    assert page.locator(".field .value").all_text_contents() == [HOSTILE, HOSTILE]
+    assert page.locator(".field button").first.text_content() == json.dumps([HOSTILE[:40]], ensure_ascii=False)
+    for k in range(2):
+        page.hover(row(k))
+        assert page.locator("#word").text_content() == HOSTILE
+    assert page.locator("script").count() == 2
+
+
+def test_an_answer_in_words_has_no_table(open_report: Open) -> None:
+    page = open_report(synthetic())
+    assert page.locator("table").is_hidden()
+    assert page.locator(".for-fields:visible").count() == 0
+    assert page.evaluate("document.body.classList.contains('structured')") is False
+
+
+def test_without_evidence_the_table_has_no_column_for_it(open_report: Open) -> None:
+    page = open_report(replace(scene_as_json(), evidence=None))
+    assert page.inner_text("thead").split() == ["name", "value"]
+    assert page.inner_text(row(1)).split() == ["objects[0].name", "cyan", "square"]
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_long_tables_scroll_and_long_names_wrap(open_report: Open, viewport: dict[str, int]) -> None:
+    rows = [{"n" * 90: "W" * 200, "very long key " * 9: n} for n in range(30)]
+    page = open_report(synthetic(json.dumps({"rows": rows})), viewport=viewport)
+    for name in ("html", ".scroll"):
+        inner, client = page.evaluate("n => (e => [e.scrollWidth, e.clientWidth])(document.querySelector(n))", name)
+        assert inner <= client
+    tall, shown = page.evaluate("(e => [e.scrollHeight, e.clientHeight])(document.querySelector('.scroll'))")
+    assert tall > 2 * shown and shown < viewport["height"] / 1.5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_rows_stand_out_from_their_ground(open_report: Open, scheme: str) -> None:
+    """WCAG AA again, for the table."""
+    page = open_report(synthetic('{"a": {"b": 1}, "c": "cut o'), color_scheme=scheme)
+    page.click(row(0))
+    rest_pointer(page)
+    colors = """([text, ground]) => [
+        getComputedStyle(document.querySelector(text)).color,
+        getComputedStyle(document.querySelector(ground)).backgroundColor,
+    ]"""
+    pairs = [(".field.pinned i", ".field.pinned"), (".field.pinned .value", ".field.pinned"), ("thead th", "thead th")]
+    for text, ground in [*pairs, (".field .cut", ".scroll"), (".field:last-child .evidence-key", ".scroll")]:
+        ink, paper = (_luminance(color) for color in page.evaluate(colors, [text, ground]))
+        ratio = (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05)
+        assert ratio >= 4.5, (text, ground, ratio)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
