@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.log_report import faults_table, log_table, server_table
 from benchmarks.rank_filter import filter_table
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_table
@@ -318,6 +319,9 @@ TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
     ("long responses", "long", long_table),
     ("beside generation", "overhead", overhead_table),
     ("compiled kernels", "static", static_table),
+    ("logging", "log_load", log_table),
+    ("a server killed", "log_server", server_table),
+    ("faults", "faults", faults_table),
 )
 
 

@@ -6,6 +6,8 @@ that is not finite is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
@@ -110,3 +112,21 @@ SCHEMA = pa.schema(
     ],
     metadata={"fastattr.schema_version": str(SCHEMA_VERSION)},
 )
+
+
+def as_markdown() -> str:
+    """Every field as a table, for the documentation."""
+    lines = ["| field | type | meaning |", "| --- | --- | --- |"]
+
+    def add(fields: Iterable[pa.Field], prefix: str) -> None:
+        for each in fields:
+            inner = each.type.value_type if pa.types.is_list(each.type) else each.type
+            is_struct = pa.types.is_struct(inner)
+            kind = "list of structs" if is_struct else str(each.type).replace("element: ", "").replace("item: ", "")
+            kind += ", or null" if each.nullable else ""
+            lines.append(f"| `{prefix}{each.name}` | {kind} | {each.metadata[b'meaning'].decode()} |")
+            if is_struct:
+                add(inner, f"{prefix}{each.name}.")
+
+    add(SCHEMA, "")
+    return "\n".join(lines)

@@ -99,7 +99,7 @@ def _explain(path: Path, model: Model, processor: Processor, counts: Counts, com
     try:
         request = inbox.read_request(path, model)
     except FastattrError as error:
-        counts.accept(0, 0)
+        counts.accept(0, sys.maxsize)
         counts.fail(type(error).__name__, 0)
         complaints.say("read", "%s", error)
         return
