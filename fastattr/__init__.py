@@ -23,6 +23,7 @@ from fastattr.errors import (
     UnsupportedModelError,
 )
 from fastattr.pipeline import attribute, attribute_batch, attribute_states
+from fastattr.streaming import Step, Stream, TokenStream, stream
 from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout
 
 if TYPE_CHECKING:
@@ -43,14 +44,18 @@ __all__ = [
     "ScaleError",
     "StateBuffer",
     "StatesError",
+    "Step",
+    "Stream",
     "TokenLayout",
     "TokenLayoutError",
+    "TokenStream",
     "UnsupportedModelError",
     "attribute",
     "attribute_batch",
     "attribute_states",
     "capture",
     "load",
+    "stream",
     "wrap",
 ]
 

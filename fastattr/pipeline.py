@@ -160,7 +160,7 @@ def _attribute_rows(
         maps = explain_readings(model, seen, prompt, readings, config, memory_limit=memory_limit)
         without = blanked[i]
         found.append(
-            _finish(
+            finish(
                 maps,
                 readings,
                 config,
@@ -171,7 +171,7 @@ def _attribute_rows(
                 model=model.name,
                 calibration=model.calibration,
                 source="replay",
-                notes=_notes(maps, config, seen),
+                notes=notes_of(maps, config, seen),
             )
         )
     return found
@@ -248,8 +248,8 @@ def attribute_states(
             f"got {len(visuals)} images for a layout with {len(maps.image)} image groups, expected one each"
         )
     decode = show_ids if tokenizer is None else tokenizer.batch_decode
-    return _finish(
-        maps, readings, config, decode=decode, visuals=visuals, source="states", notes=_notes(maps, config, visuals)
+    return finish(
+        maps, readings, config, decode=decode, visuals=visuals, source="states", notes=notes_of(maps, config, visuals)
     )
 
 
@@ -305,12 +305,12 @@ def attribute_captured(
     if evidence:
         blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
         seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
-    notes = _notes(maps, config, visuals)
+    notes = notes_of(maps, config, visuals)
     if prompt is None:
         notes += ("the prompt was not given, so every word of the chat template counts as context",)
     if source == "replay":
         notes += ("the captured steps were not exactly the sequence, so its states were read again in one forward",)
-    return _finish(
+    return finish(
         maps,
         [reading],
         config,
@@ -407,7 +407,7 @@ def _blanked(
     return [log_probs(each, model.head).cpu() for each in adapters.replay_batch(model, encoded, responses)]
 
 
-def _finish(
+def finish(
     maps: TokenMaps,
     readings: Sequence[ScaleStates],
     config: AttributionConfig,
@@ -467,7 +467,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _notes(maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual]) -> tuple[str, ...]:
+def notes_of(maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual]) -> tuple[str, ...]:
     notes = []
     if any(len(visual.frames) > 1 for visual in visuals):
         notes.append("videos were shown to the model as their frames, one image each")

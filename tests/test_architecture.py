@@ -14,7 +14,7 @@ LEAVES = {"fastattr.errors", "fastattr.types"}
 
 # module or package -> what of ours it may import when it is imported, besides errors and types
 ARROWS: dict[str, set[str]] = {
-    "fastattr": {"fastattr.pipeline", "fastattr.adapters"},
+    "fastattr": {"fastattr.pipeline", "fastattr.adapters", "fastattr.streaming"},
     "fastattr.__main__": {"fastattr.cli"},
     "fastattr.errors": set(),
     "fastattr.types": set(),
@@ -46,6 +46,16 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.msea",
         "fastattr.ops",
         "fastattr.regions",
+        "fastattr.text",
+    },
+    "fastattr.streaming": {
+        "fastattr.adapters",
+        "fastattr.images",
+        "fastattr.maps",
+        "fastattr.method",
+        "fastattr.msea",
+        "fastattr.ops",
+        "fastattr.pipeline",
         "fastattr.text",
     },
     "fastattr.adapters": {

@@ -6,6 +6,7 @@
 
 from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
+from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.families import FAMILIES, Family
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
@@ -14,9 +15,11 @@ from fastattr.adapters.states import generate, log_probs_of_images, replay, repl
 __all__ = [
     "FAMILIES",
     "CapturedStates",
+    "Decoder",
     "EncodedExample",
     "Family",
     "Model",
+    "Rows",
     "StateBuffer",
     "capture",
     "captured_reading",

@@ -1,0 +1,108 @@
+"""A reading that grows a token at a time, with the model's own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattr.adapters.encode import EncodedExample
+from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
+from fastattr.adapters.model import Model
+
+
+class Rows:
+    """A tensor that rows are added to, in memory that doubles."""
+
+    def __init__(self, first: Tensor) -> None:
+        self._held = first
+        self._n = len(first)
+
+    def add(self, rows: Tensor) -> None:
+        n = self._n + len(rows)
+        if n > len(self._held):
+            larger = self._held.new_empty(max(n, 2 * len(self._held)), *self._held.shape[1:])
+            larger[: self._n] = self._held[: self._n]
+            self._held = larger
+        self._held[self._n : n] = rows
+        self._n = n
+
+    @property
+    def all(self) -> Tensor:
+        """Every row so far, without a copy."""
+        return self._held[: self._n]
+
+
+class Decoder:
+    """The states of one prompt at one scale, and of what is said to it, as it is said.
+
+    Attributes:
+        encoded: the prompt.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Model, encoded: EncodedExample, *, layer: int = -1) -> None:
+        self.encoded = encoded
+        self._hf_model = model.hf_model
+        self._inner = getattr(unwrap_peft(model.hf_model), "model", None)
+        self._module, self._norm = layer_modules(model.hf_model, layer)
+        self._cache: Any = None
+        self._rope_deltas: Any = None
+        interpolate = model.family.interpolates and encoded.scale != 1.0
+        with interpolated_positions(model.hf_model, interpolate):
+            last, chosen = self._read(encoded.input_ids, dict(encoded.model_inputs))
+        self._last = Rows(last)
+        self._chosen = self._last if chosen is last else Rows(chosen)
+
+    @torch.no_grad()
+    def feed(self, token_id: int) -> None:
+        """Read one more token."""
+        last, chosen = self._read(torch.tensor([token_id], device=self.encoded.input_ids.device), {})
+        self._last.add(last)
+        if self._chosen is not self._last:
+            self._chosen.add(chosen)
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """`[seq dim]` of the chosen layer, through the final norm."""
+        return self._chosen.all
+
+    @property
+    def last_states(self) -> Tensor | None:
+        """`[seq dim]` of the last layer, or None where that is the chosen one."""
+        return None if self._chosen is self._last else self._last.all
+
+    @property
+    def next_state(self) -> Tensor:
+        """`[1 dim]`, what the next token is predicted with."""
+        return self._last.all[-1:]
+
+    def _read(self, ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        with (
+            record_output(decoder_of(self._hf_model)) as last,
+            record_output(self._module) as chosen,
+            self._own_positions(),
+        ):
+            out = self._hf_model(
+                input_ids=ids[None], **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            )
+        self._cache = out.past_key_values
+        final = last[-1][0]
+        return final, final if self._norm is None else self._norm(chosen[-1])[0]
+
+    @contextmanager
+    def _own_positions(self) -> Iterator[None]:
+        """Qwen's models keep on themselves how far positions lie behind tokens; several readings each need their own."""
+        if self._inner is None or not hasattr(self._inner, "rope_deltas"):
+            yield
+            return
+        others = self._inner.rope_deltas
+        self._inner.rope_deltas = self._rope_deltas
+        try:
+            yield
+            self._rope_deltas = self._inner.rope_deltas
+        finally:
+            self._inner.rope_deltas = others

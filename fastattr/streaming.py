@@ -1,0 +1,376 @@
+"""Explanations while a response is being written, token by token, equal to those of the whole."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastattr import ops
+from fastattr.errors import InputError
+from fastattr.images import ImageLike, Visual, read_visuals
+from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate
+from fastattr.method import Block, Shared, explain_block
+from fastattr.msea import base_scale, common_grids, scale_weights
+from fastattr.pipeline import finish, notes_of
+from fastattr.text import decode_tokens
+from fastattr.types import Attribution, AttributionConfig, ScaleStates, TokenMaps
+
+if TYPE_CHECKING:
+    from fastattr.adapters import Decoder, Model
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One token, explained when it was said.
+
+    Attributes:
+        index: in the response, from 0.
+        text: what it adds; empty while a character is not complete.
+        image: for each image `[t h w]` in [0, 1].
+        context: `[context]` in [0, 1], the user's text and the response so far, this token included.
+        relevance: `[context]`, or None but for ARC.
+        log_prob: nats.
+        evidence: nats, or None.
+        agreement: `[scale]`.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    image: tuple[Tensor, ...]
+    context: Tensor
+    relevance: Tensor | None
+    log_prob: float
+    evidence: float | None
+    agreement: Tensor
+
+
+class TokenStream:
+    """A `streamer=` for `generate` of transformers, whose tokens can be explained as they come.
+
+        tokens = fastattr.TokenStream()
+        threading.Thread(target=hf_model.generate, kwargs={**inputs, "streamer": tokens}).start()
+        for step in fastattr.stream(model, image, prompt, tokens): ...
+
+    One sequence at a time; beams and several sequences are refused by transformers itself.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._is_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate`: first the prompt, which is left out, then every token."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        for token_id in value.flatten().tolist():
+            self._queue.put(token_id)
+
+    def end(self) -> None:
+        """Called by `generate` at the end; call it yourself where `generate` fails."""
+        self._queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while (token_id := self._queue.get()) is not None:
+            yield token_id
+
+
+def stream(
+    model: Model,
+    image: ImageLike | Sequence[ImageLike],
+    prompt: str,
+    tokens: Iterable[int] | None = None,
+    *,
+    config: AttributionConfig | None = None,
+    max_new_tokens: int = 256,
+) -> Stream:
+    """Explain a response while it is being written.
+
+        for step in fastattr.stream(model, image, prompt):
+            print(step.text, step.evidence)
+
+    Every scale, and the blanked image where evidence is asked for, is read on with the model's own cache: one forward of
+    one token each. The rest is the work of one target: proportional to image tokens and context for its map, and to
+    their product for what context is removed from it.
+
+    Args:
+        tokens: ids as they are said, by whatever engine; a `TokenStream` takes them from `generate`. None lets the
+            model answer by itself, greedily, at most `max_new_tokens`.
+        config: every choice of the method; the defaults if not given. Without `regions` and `compat`.
+
+    Raises:
+        InputError: the configuration asks for what needs the whole response.
+        ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
+    """
+    chosen = AttributionConfig() if config is None else config
+    if chosen.regions or chosen.compat is not None:
+        raise InputError(
+            f"regions={chosen.regions} and compat={chosen.compat!r} need the whole response; stream without, or use attribute"
+        )
+    return Stream(model, read_visuals(image), prompt, tokens, chosen, max_new_tokens)
+
+
+class Stream:
+    """Iterates over the steps of a response; see `stream`. At any time `attribution()` is what came so far."""
+
+    def __init__(
+        self,
+        model: Model,
+        visuals: Sequence[Visual],
+        prompt: str,
+        tokens: Iterable[int] | None,
+        config: AttributionConfig,
+        max_new_tokens: int,
+    ) -> None:
+        from fastattr.adapters import Decoder, Rows, encode, encode_scales
+
+        self._model, self._visuals, self._prompt, self._config = model, tuple(visuals), prompt, config
+        self._backend = ops.resolve(config.backend, model.head.weight.device)
+        self._base = base_scale(config.scales)
+        encoded = encode_scales(model, visuals, prompt, config.scales)
+        self._decoders = [Decoder(model, each, layer=config.layer) for each in encoded]
+        self._own: Decoder | None = None
+        if tokens is None:
+            plain = 1.0 in config.scales
+            self._own = (
+                self._decoders[config.scales.index(1.0)] if plain else Decoder(model, encode(model, visuals, prompt))
+            )
+        self._blank: Decoder | None = None
+        if config.evidence:
+            scale = config.scales[self._base]
+            self._blank = Decoder(model, encode(model, [visual.blank() for visual in visuals], prompt, scale=scale))
+        self._tokens = iter(self._greedy(max_new_tokens) if tokens is None else tokens)
+        self._ids: list[int] = []
+        self._found: list[Block] = []
+        self._evidence: list[float] = []
+        self._unfed: int | None = None
+
+        # what the user's text lights up and predicts; every token adds a row
+        n_prompt = len(encoded[0].prompt)
+        readings = self._readings(placeholder=True)
+        self._grids = common_grids([reading.layout for reading in readings])
+        head, before = model.head, slice(0, n_prompt)
+        self._lit = [Rows(image_activations(reading, head, before)) for reading in readings]
+        base_prompt = torch.tensor(encoded[self._base].prompt, dtype=torch.long, device=model.head.weight.device)
+        last = self._decoders[self._base]
+        states = last.hidden_states if last.last_states is None else last.last_states
+        self._ranked = Rows(self._rankings(states[base_prompt])[0]) if config.method == "arc" else None
+        self._log_prob: Rows | None = None
+        self._weights: Rows | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        token_id = int(next(self._tokens))
+        check_ids(torch.tensor([token_id]), self._model.head)
+        if token_id == self._model.image_token_id:
+            raise InputError(f"token {len(self._ids)} is the image placeholder (id {token_id}), which is never said")
+        self._feed_last()
+        self._ids.append(token_id)
+        return self._explain(token_id)
+
+    def attribution(self) -> Attribution:
+        """Everything so far as one attribution.
+
+        Raises:
+            InputError: nothing was said yet.
+        """
+        if not self._ids or self._log_prob is None:
+            raise InputError("nothing was said yet, so there is nothing to explain; iterate over the stream first")
+        found, n_context = self._found, self._found[-1].context.shape[1]
+
+        def square(rows: Sequence[Tensor]) -> Tensor:
+            return torch.stack([torch.nn.functional.pad(row[0], (0, n_context - row.shape[1])) for row in rows]).cpu()
+
+        log_prob = self._log_prob.all
+        raw_range = torch.cat([each.raw_range for each in found]).cpu()
+        relevances = [each.relevance for each in found if each.relevance is not None]
+        maps = TokenMaps(
+            image=tuple(torch.cat([each.image[i] for each in found]).cpu() for i in range(len(self._grids))),
+            context=square([each.context for each in found]),
+            relevance=square(relevances) if relevances else None,
+            log_prob=log_prob[:, self._base].cpu(),
+            agreement=(log_prob - log_prob[:, [self._base]]).exp().cpu(),
+            raw_range=raw_range,
+            residual=torch.cat([each.residual for each in found]).cpu(),
+            degenerate=is_degenerate(raw_range),
+            backend=self._backend,
+        )
+        return finish(
+            maps,
+            self._readings(),
+            self._config,
+            decode=self._model.decode,
+            evidence=torch.tensor(self._evidence) if self._config.evidence else None,
+            visuals=self._visuals,
+            prompt=self._prompt,
+            model=self._model.name,
+            calibration=self._model.calibration,
+            source="replay",
+            notes=notes_of(maps, self._config, self._visuals),
+        )
+
+    # --- one token --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _explain(self, token_id: int) -> Step:
+        model, config, index = self._model, self._config, len(self._ids) - 1
+        log_prob = torch.stack([self._said(each.next_state, token_id) for each in self._decoders], dim=1)
+        agreement = (log_prob - log_prob[:, [self._base]]).exp()
+        self._log_prob = self._grown(self._log_prob, log_prob)
+        self._weights = self._grown(self._weights, scale_weights(agreement, config))
+        if self._ranked is not None:
+            self._ranked.add(self._rankings(self._decoders[self._base].next_state)[0])
+        readings = self._readings()
+        n_context = len(readings[0].layout.context)
+        for lit, reading in zip(self._lit, readings, strict=True):
+            lit.add(image_activations(reading, model.head, slice(n_context - 1, n_context)))
+        shared = Shared(
+            readings=readings,
+            head=model.head,
+            config=config,
+            backend=self._backend,
+            base=self._base,
+            grids=self._grids,
+            ranked=None if self._ranked is None else self._ranked.all,
+            log_prob=self._log_prob.all,
+            agreement=agreement,
+            weights=self._weights.all,
+            lit=tuple(lit.all for lit in self._lit),
+        )
+        found = explain_block(shared, slice(index, index + 1))
+        check_finite(log_prob=log_prob, maps=found.raw_range)
+        found = replace(
+            found,
+            image=tuple(each.cpu() for each in found.image),
+            context=found.context.cpu(),
+            relevance=None if found.relevance is None else found.relevance.cpu(),
+        )
+        self._found.append(found)
+        evidence = None
+        if self._blank is not None:
+            evidence = float(log_prob[0, self._base] - self._said(self._blank.next_state, token_id)[0])
+            self._evidence.append(evidence)
+        self._unfed = token_id
+        return Step(
+            index=index,
+            token_id=token_id,
+            text=self._text(),
+            image=tuple(each[0] for each in found.image),
+            context=found.context[0],
+            relevance=None if found.relevance is None else found.relevance[0],
+            log_prob=float(log_prob[0, self._base]),
+            evidence=evidence,
+            agreement=agreement[0].cpu(),
+        )
+
+    def _feed_last(self) -> None:
+        """Read on, once there is a next token to predict: the last one of a response is never fed."""
+        if self._unfed is None:
+            return
+        own = () if self._own is None or self._own in self._decoders else (self._own,)
+        blank = () if self._blank is None else (self._blank,)
+        for each in (*self._decoders, *own, *blank):
+            each.feed(self._unfed)
+        self._unfed = None
+
+    def _greedy(self, max_new_tokens: int) -> Iterator[int]:
+        ends = self._model.hf_model.generation_config.eos_token_id
+        stops = {ends} if isinstance(ends, int) else set(ends or ())
+        for _ in range(max_new_tokens):
+            self._feed_last()
+            assert self._own is not None
+            head = self._model.head
+            best, _ = ops.lm_head_topk(
+                self._own.next_state,
+                head.weight,
+                2,
+                head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                valid_vocab=head.valid_vocab,
+                backend=self._backend,
+            )
+            first, second = best[0].tolist()
+            token_id = second if first == self._model.image_token_id else first
+            if token_id in stops:
+                return
+            yield token_id
+
+    # --- what it needs ------------------------------------------------------------------------------------
+
+    def _readings(self, *, placeholder: bool = False) -> tuple[ScaleStates, ...]:
+        """The readings so far.
+
+        Args:
+            placeholder: as if one token had been said, for what concerns the prompt alone.
+        """
+        said = [0] if placeholder else self._ids
+        readings = []
+        for decoder, scale in zip(self._decoders, self._config.scales, strict=True):
+            prompt = decoder.encoded.input_ids
+            ids = torch.cat([prompt, torch.tensor(said, dtype=prompt.dtype, device=prompt.device)])
+            stop = len(ids) - 1
+            last = decoder.last_states
+            readings.append(
+                ScaleStates(
+                    decoder.hidden_states[:stop],
+                    ids,
+                    decoder.encoded.layout(len(said)),
+                    scale,
+                    last_states=None if last is None else last[:stop],
+                )
+            )
+        return tuple(readings)
+
+    def _rankings(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        head = self._model.head
+        if self._config.top_k > head.vocab:
+            raise InputError(
+                f"top_k is {self._config.top_k}, expected at most {head.vocab}, the size of the vocabulary"
+            )
+        ids, _, logsumexp = ops.lm_head_summary(
+            states,
+            head.weight,
+            self._config.top_k,
+            head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            valid_vocab=head.valid_vocab,
+            backend=self._backend,
+        )
+        return ids, logsumexp
+
+    def _said(self, state: Tensor, token_id: int) -> Tensor:
+        """Log-probability of a token, `[1]` in nats."""
+        head = self._model.head
+        return ops.lm_head_log_prob(
+            state,
+            head.weight,
+            torch.tensor([token_id], device=state.device),
+            head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            valid_vocab=head.valid_vocab,
+        )
+
+    def _grown(self, rows: Any, new: Tensor) -> Any:
+        from fastattr.adapters import Rows
+
+        if rows is None:
+            return Rows(new)
+        rows.add(new)
+        return rows
+
+    def _text(self) -> str:
+        """What the last token adds, from the last few: earlier ones do not change it."""
+        recent = self._ids[-16:]
+        before, whole = (decode_tokens(ids, self._model.decode).text if ids else "" for ids in (recent[:-1], recent))
+        return whole[len(before) :] if whole.startswith(before) and "\ufffd" not in whole[len(before) :] else ""
