@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 import fastattr
 from fastattr.cli import log, worker
-from fastattr.cli.output import Json, check_suffix, print_attributions, write
+from fastattr.cli.output import Json, check_suffix, print_attributions, printable, where, write
 from fastattr.errors import FastattrError, InputError
 
 app = typer.Typer(
@@ -88,9 +89,20 @@ def explain(
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     backend: Annotated[BackendName, typer.Option(help="What computes; auto: triton on a GPU.")] = BackendName.auto,
+    live: Annotated[bool, typer.Option("--live", help="Print each token as it is said and explained.")] = False,
     as_json: Json = False,
 ) -> None:
     """Explain what a model says about pictures."""
+    if live:
+        if response is not None or len(method or ()) > 1:
+            raise InputError(
+                "--live shows one method while the model answers; leave out --response and further methods"
+            )
+        config = fastattr.AttributionConfig(
+            scales=_parse_scales(scales), backend=backend.value, **_method((method or [MethodName.arc])[0])
+        )
+        _explain_live(list(images), prompt, model, config, out, max_new_tokens, as_json)
+        return
     _explain(
         images=list(images),
         prompt=prompt,
@@ -251,6 +263,35 @@ def _explain(
     print_attributions(explained, out, as_json)
     if open_browser:
         webbrowser.open(out.resolve().as_uri())
+
+
+def _explain_live(
+    images: list[Any],
+    prompt: str,
+    model_name: str,
+    config: fastattr.AttributionConfig,
+    out: Path,
+    max_new_tokens: int,
+    as_json: bool,
+) -> None:
+    """Print a line a token; the file and, with JSON, the whole come at the end."""
+    check_suffix(out)
+    print(f"loading {model_name}", file=sys.stderr, flush=True)
+    model = fastattr.load(model_name)
+    streaming = fastattr.stream(model, images, prompt, config=config, max_new_tokens=max_new_tokens)
+    if not as_json:
+        print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
+    for step in streaming:
+        if not as_json:
+            evidence = "" if step.evidence is None else f"{step.evidence:+.2f}"
+            shown = printable(repr(step.text.strip()))
+            print(f"{shown:<14}{evidence:>10}  {math.exp(step.log_prob):>13.3f}  {where(step.image)}", flush=True)
+    why = streaming.attribution()
+    write([why], out)
+    if as_json:
+        print_attributions([why], out, True)
+    else:
+        print(f"\n{printable(why.response)}\n\n{out.resolve()}")
 
 
 def _method(method: MethodName) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 import fastattr
 from fastattr.errors import InputError, SaveError
@@ -122,7 +123,7 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
         evidence = "" if why.evidence is None else f"{float(why.evidence[i]):+.2f}"
         mark = "?" if i in low else ""
         print(
-            f"{printable(repr(token.strip())):<14}{evidence:>10} {mark:<1}{float(why.log_prob[i].exp()):>13.3f}  {_where(why, i)}"
+            f"{printable(repr(token.strip())):<14}{evidence:>10} {mark:<1}{float(why.log_prob[i].exp()):>13.3f}  {where([maps[i] for maps in why.image])}"
         )
     if low and why.calibration is not None:
         print(f"? {why.calibration}")
@@ -132,10 +133,10 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
         print(f"\n{out.resolve()}")
 
 
-def _where(why: fastattr.Attribution, target: int) -> str:
-    """The strongest place of a token, in words."""
-    strongest = max(range(len(why.image)), key=lambda image: float(why.image[image][target].max()))
-    maps = why.image[strongest][target]
+def where(image: Sequence[Tensor]) -> str:
+    """The strongest place of one token's maps, `[t h w]` for each image, in words."""
+    strongest = max(range(len(image)), key=lambda i: float(image[i].max()))
+    maps = image[strongest]
     if float(maps.max()) <= 0:
         return "nowhere"
     t, h, w = maps.shape
@@ -144,4 +145,4 @@ def _where(why: fastattr.Attribution, target: int) -> str:
     place = f"{float(maps.max()):.2f} at row {row + 1}/{h}, column {column + 1}/{w}"
     if t > 1:
         place += f", frame {frame + 1}/{t}"
-    return place + (f", image {strongest + 1}" if len(why.image) > 1 else "")
+    return place + (f", image {strongest + 1}" if len(image) > 1 else "")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -189,3 +190,23 @@ def test_a_backend_that_cannot_run_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert "'triton' was asked for, but the tensors are on cpu" in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_live_explanation_is_that_of_the_whole(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line a token while the model answers, then the file; as `explain` without --live, but for rounding."""
+    live, whole = (tmp_path / name for name in ("live.json", "whole.json"))
+    options = ("explain", picture, "--scales", "1", "--method", "lens")
+    assert run(monkeypatch, *options, "--out", whole) == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *options, "--live", "--out", live) == 0
+    shown = capsys.readouterr().out
+    ours, expected = json.loads(live.read_text()), json.loads(whole.read_text())
+    assert [token["id"] for token in ours["tokens"]] == [token["id"] for token in expected["tokens"]]
+    np.testing.assert_allclose(ours["image"], expected["image"], atol=0.05)
+    lines = [line.split()[0] for line in shown.splitlines() if line.startswith("'")]
+    assert lines == [repr(token["token"].strip()) for token in ours["tokens"]]
+    assert ours["response"] in shown
+    assert run(monkeypatch, *options, "--live", "--response", "a red circle") == 2
+    assert "leave out --response" in capsys.readouterr().err
