@@ -43,6 +43,8 @@ _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})(?:[ \t]*json\w*)?\s*(?=[{\[])", re.
 _EMPTY = re.compile(r"\[\s*\]|\{\s*\}")
 _OPENING = re.compile(r"(?!\[\s*(?:[0-9]+\s*)?\]|\{\s*\})[{\[]")  # in prose, [1] is a footnote and [ ] a box to tick
 
+Spans = Sequence[tuple[int, int]]
+
 
 @dataclass(frozen=True, eq=False)
 class Field:
@@ -132,8 +134,14 @@ def read_fields(attribution: Attribution) -> tuple[Field, ...]:
             leaf.complete,
             Selection(attribution, ((leaf.start, leaf.stop),), (targets,)) if targets else None,
         )
-        for leaf, targets in _with_targets(attribution, _read_leaves(text))
+        for leaf, targets in _with_targets(text, attribution.spans, _read_leaves(text))
     )
+
+
+def field_targets(text: str, token_spans: Spans) -> tuple[int, ...]:
+    """The tokens that hold the values of a response that is JSON, ascending. Raises `InputError`, see `read_fields`."""
+    found = _with_targets(text, token_spans, _read_leaves(text))
+    return tuple(sorted({target for _, targets in found for target in targets}))
 
 
 def path_name(path: Path) -> str:
@@ -165,23 +173,23 @@ class _Leaf:
     complete: bool
 
 
-def _with_targets(attribution: Attribution, leaves: Sequence[_Leaf]) -> Iterator[tuple[_Leaf, tuple[int, ...]]]:
+def _with_targets(text: str, spans: Spans, leaves: Sequence[_Leaf]) -> Iterator[tuple[_Leaf, tuple[int, ...]]]:
     if not leaves:
         return
-    shared = token_targets(attribution, [(leaf.start, leaf.stop) for leaf in leaves])
+    shared = token_targets(spans, [(leaf.start, leaf.stop) for leaf in leaves])
     for leaf, targets in zip(leaves, shared, strict=True):
         if leaf.start == leaf.stop:
             yield leaf, ()
         else:
-            yield leaf, tuple(target for target in targets if _spells(attribution, target, leaf)) or targets
+            yield leaf, tuple(target for target in targets if _spells(text, spans[target], leaf)) or targets
 
 
-def _spells(attribution: Attribution, target: int, leaf: _Leaf) -> bool:
+def _spells(text: str, span: tuple[int, int], leaf: _Leaf) -> bool:
     """Whether a token lies within the value or holds more of it than punctuation and white space."""
-    start, stop = attribution.spans[target]
+    start, stop = span
     if leaf.start <= start and stop <= leaf.stop:
         return True
-    held = attribution.response[max(start, leaf.start) : min(stop, leaf.stop)]
+    held = text[max(start, leaf.start) : min(stop, leaf.stop)]
     return any(unicodedata.category(letter)[0] not in "PZC" for letter in held)
 
 

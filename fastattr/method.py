@@ -32,12 +32,18 @@ from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, Tok
 
 @torch.no_grad()
 def explain_states(
-    readings: Sequence[ScaleStates], head: OutputHead, config: AttributionConfig, *, memory_limit: int | None = None
+    readings: Sequence[ScaleStates],
+    head: OutputHead,
+    config: AttributionConfig,
+    *,
+    targets: Sequence[int] | None = None,
+    memory_limit: int | None = None,
 ) -> TokenMaps:
     """The method on states that are already read, a block of targets at a time.
 
     Args:
         readings: one for each scale of `config.scales`, in that order.
+        targets: response tokens that are explained, ascending; the others' maps are zeros and cost nothing. None for all.
         memory_limit: bytes that results and work may take beside states and model, see `fastattr.memory`; results that
             do not fit lie in a temporary file.
 
@@ -51,15 +57,17 @@ def explain_states(
     """
     for reading in readings:
         check_states(reading, head)
-    if config.compat is not None and memory_limit is not None:
-        raise InputError("compat='tam' holds everything in memory, as the reference does; leave memory_limit out")
+    if config.compat is not None and (memory_limit is not None or targets is not None):
+        raise InputError(
+            "compat='tam' explains all tokens in memory, as the reference does; leave memory_limit and targets out"
+        )
     base = readings[base_scale(config.scales)]
     grids = common_grids([reading.layout for reading in readings])
     check_responses(readings)
     device, layout = base.hidden_states.device, base.layout
-    targets, n_context = layout.n_targets, len(layout.context)
+    n_targets, n_context = layout.n_targets, len(layout.context)
     shape = Shape(
-        targets=targets,
+        targets=n_targets,
         context=n_context,
         pixels=sum(t * h * w for t, h, w in grids),
         image=sum(reading.layout.n_image for reading in readings),
@@ -71,11 +79,11 @@ def explain_states(
 
     disk = Disk() if cut.on_disk else None
     zeros = partial(torch.zeros, device=device) if disk is None else disk.zeros
-    image = tuple(zeros(targets, *grid) for grid in grids)
-    context = zeros(targets, n_context)
-    relevance = zeros(targets, n_context) if config.method == "arc" else None
-    raw_range, residual = torch.empty(targets, 2, device=device), torch.empty(targets, device=device)
-    for block in target_blocks(targets, cut.block):
+    image = tuple(zeros(n_targets, *grid) for grid in grids)
+    context = zeros(n_targets, n_context)
+    relevance = zeros(n_targets, n_context) if config.method == "arc" else None
+    raw_range, residual = torch.zeros(n_targets, 2, device=device), torch.zeros(n_targets, device=device)
+    for block in target_blocks(range(n_targets) if targets is None else targets, cut.block):
         found = explain_block(shared, block, cut.chunk)
         seen = found.context.shape[1]
         for whole, part in zip(image, found.image, strict=True):
@@ -91,6 +99,11 @@ def explain_states(
         image, context, raw_range = slots.image, slots.context, slots.raw_range
 
     check_finite(log_prob=shared.log_prob, maps=raw_range)
+    degenerate = is_degenerate(raw_range).cpu()
+    if targets is not None:  # of the others nothing is known
+        asked = torch.zeros(n_targets, dtype=torch.bool)
+        asked[list(targets)] = True
+        degenerate &= asked
     return TokenMaps(
         image=tuple(each.cpu() for each in image),
         context=context.cpu(),
@@ -99,7 +112,7 @@ def explain_states(
         agreement=shared.agreement.cpu(),
         raw_range=raw_range.cpu(),
         residual=residual.cpu(),
-        degenerate=is_degenerate(raw_range).cpu(),
+        degenerate=degenerate,
         backend=shared.backend,
     )
 
@@ -203,10 +216,13 @@ def share_work(
     )
 
 
-def target_blocks(targets: int, size: int) -> Iterator[slice]:
-    """`range(targets)` in consecutive slices of `size`, the last one shorter."""
-    for start in range(0, targets, size):
-        yield slice(start, min(targets, start + size))
+def target_blocks(targets: Sequence[int], size: int) -> Iterator[slice]:
+    """Ascending targets as slices of consecutive ones, at most `size` each."""
+    start = 0
+    for i in range(1, len(targets) + 1):
+        if i == len(targets) or targets[i] != targets[i - 1] + 1 or i - start == size:
+            yield slice(targets[start], targets[i - 1] + 1)
+            start = i
 
 
 @dataclass(frozen=True)

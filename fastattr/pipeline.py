@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from fastattr import ops
@@ -17,6 +18,7 @@ from fastattr.maps import check_head, check_states, log_probs
 from fastattr.method import explain_states
 from fastattr.msea import base_scale
 from fastattr.regions import spread, weigh, windows
+from fastattr.targets import Targets, choose_targets
 from fastattr.text import Decode, decode_tokens, show_ids
 from fastattr.types import Attribution, AttributionConfig, Method, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
@@ -49,6 +51,7 @@ def attribute(
     evidence: bool = True,
     backend: Literal["auto", "triton", "torch"] = "auto",
     max_new_tokens: int = 256,
+    targets: Targets | None = None,
     memory_limit: int | None = None,
 ) -> Attribution:
     """Explain every token of a response: where in the images, from which words, seen or made up.
@@ -60,6 +63,8 @@ def attribute(
         prompt: the user's text.
         response: text, or token ids that are never re-tokenised; None lets the model answer (greedy,
             at most `max_new_tokens`).
+        targets: explain these tokens alone: `"fields"` for the values of a JSON answer, words, indices, a compiled
+            pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
         method, scales, ...: see `AttributionConfig`, which documents every option and its default.
@@ -88,7 +93,9 @@ def attribute(
         backend=backend,
     )
     row = (image, prompt, response)
-    return _attribute_rows(model, [row], config, max_new_tokens=max_new_tokens, memory_limit=memory_limit)[0]
+    return _attribute_rows(
+        model, [row], config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
+    )[0]
 
 
 def attribute_batch(
@@ -97,6 +104,7 @@ def attribute_batch(
     config: AttributionConfig | None = None,
     *,
     max_new_tokens: int = 256,
+    targets: Targets | None = None,
 ) -> list[Attribution]:
     """Explain several responses at once: one forward a scale reads all of them, whatever their lengths.
 
@@ -106,6 +114,7 @@ def attribute_batch(
     Args:
         rows: image or images, prompt and response of each, as for `attribute`.
         config: every choice of the method; the defaults if not given.
+        targets: as for `attribute`, of every row.
 
     Returns:
         one attribution a row, in order.
@@ -121,7 +130,7 @@ def attribute_batch(
     given = list(rows)
     if not given:
         raise InputError("got no rows, expected at least one (image, prompt, response)")
-    return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, memory_limit=None)
+    return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
 
 
 def _attribute_rows(
@@ -130,6 +139,7 @@ def _attribute_rows(
     config: AttributionConfig,
     *,
     max_new_tokens: int,
+    targets: Targets | None,
     memory_limit: int | None,
 ) -> list[Attribution]:
     from fastattr import adapters
@@ -157,7 +167,9 @@ def _attribute_rows(
     found = []
     for i, (seen, prompt) in enumerate(zip(visuals, prompts, strict=True)):
         readings = [read[i] for read in by_scale]
-        maps = explain_readings(model, seen, prompt, readings, config, memory_limit=memory_limit)
+        said = decode_tokens(responses[i].tolist(), model.decode)
+        chosen = None if targets is None else choose_targets(targets, said)
+        maps = explain_readings(model, seen, prompt, readings, config, targets=chosen, memory_limit=memory_limit)
         without = blanked[i]
         found.append(
             finish(
@@ -171,7 +183,8 @@ def _attribute_rows(
                 model=model.name,
                 calibration=model.calibration,
                 source="replay",
-                notes=notes_of(maps, config, seen),
+                notes=notes_of(maps, config, seen, chosen),
+                targets=chosen,
             )
         )
     return found
@@ -341,6 +354,7 @@ def explain_readings(
     readings: Sequence[ScaleStates],
     config: AttributionConfig,
     *,
+    targets: Sequence[int] | None = None,
     memory_limit: int | None = None,
 ) -> TokenMaps:
     """`explain_states`, and the model asked again where the configuration says so (`regions`).
@@ -350,7 +364,7 @@ def explain_readings(
     """
     if config.regions and memory_limit is not None:
         raise InputError("regions=n weighs all maps at once; leave memory_limit out, or use regions=0")
-    maps = explain_states(readings, model.head, config, memory_limit=memory_limit)
+    maps = explain_states(readings, model.head, config, targets=targets, memory_limit=memory_limit)
     if not config.regions:
         return maps
     return weigh_maps(maps, regional_evidence(model, visuals, prompt, readings[0], config.regions))
@@ -420,6 +434,7 @@ def finish(
     prompt: str = "",
     model: str = "",
     calibration: Calibration | None = None,
+    targets: Sequence[int] | None = None,
 ) -> Attribution:
     layout, ids = readings[0].layout, readings[0].input_ids.tolist()
     start, stop = layout.response
@@ -452,7 +467,14 @@ def finish(
         notes=notes,
         versions=_versions(maps.backend),
         calibration=calibration,
+        explained=None if targets is None else _mask(targets, stop - start),
     )
+
+
+def _mask(targets: Sequence[int], n: int) -> Tensor:
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[list(targets)] = True
+    return mask
 
 
 def _versions(backend: str) -> tuple[tuple[str, str], ...]:
@@ -467,8 +489,12 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def notes_of(maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual]) -> tuple[str, ...]:
+def notes_of(
+    maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual], targets: Sequence[int] | None = None
+) -> tuple[str, ...]:
     notes = []
+    if targets is not None:
+        notes.append(f"{len(targets)} of {len(maps.log_prob)} tokens were asked for; the others have no map")
     if any(len(visual.frames) > 1 for visual in visuals):
         notes.append("videos were shown to the model as their frames, one image each")
     for s, scale in enumerate(config.scales):

@@ -114,8 +114,13 @@ def select_phrase(attribution: Attribution, phrase: str) -> Selection:
     """
     if not isinstance(phrase, str) or not phrase.strip():
         raise InputError(f"select by a word or phrase of the response, got {phrase!r}")
+    return _select(attribution, phrase_pattern(phrase), f"{phrase!r}", re.IGNORECASE)
+
+
+def phrase_pattern(phrase: str) -> str:
+    """A regular expression for a phrase as whole words, to be matched in any case."""
     words = r"\s+".join(re.escape(word) for word in phrase.split())
-    return _select(attribution, rf"(?<!\w){words}(?!\w)", f"{phrase!r}", re.IGNORECASE)
+    return rf"(?<!\w){words}(?!\w)"
 
 
 def select_pattern(attribution: Attribution, pattern: str) -> Selection:
@@ -156,7 +161,7 @@ def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
     nats = evidence.tolist()
     return tuple(
         Selection(attribution, (span,), (targets,))
-        for span, targets in zip(spans, token_targets(attribution, spans), strict=True)
+        for span, targets in zip(spans, token_targets(attribution.spans, spans), strict=True)
         if sum(nats[target] for target in targets) < threshold
     )
 
@@ -169,12 +174,14 @@ def _select(attribution: Attribution, pattern: str, asked: str, flags: int) -> S
         words = list(dict.fromkeys(re.findall(r"\w+", attribution.response)))
         shown = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
         raise PhraseError(f"{asked} is not in the response; its words are: {shown}")
-    return Selection(attribution, spans, token_targets(attribution, spans))
+    return Selection(attribution, spans, token_targets(attribution.spans, spans))
 
 
-def token_targets(attribution: Attribution, spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+def token_targets(
+    token_spans: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]
+) -> tuple[tuple[int, ...], ...]:
     """The tokens that share a character with each span; token spans are in reading order."""
-    starts, stops = zip(*attribution.spans, strict=True)
+    starts, stops = zip(*token_spans, strict=True)
     return tuple(tuple(range(bisect_right(stops, first), bisect_left(starts, last))) for first, last in spans)
 
 

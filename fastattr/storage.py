@@ -26,7 +26,7 @@ from fastattr.types import Attribution, AttributionConfig
 FORMAT = 2
 
 _TENSORS = ("context", "log_prob", "agreement", "raw_range", "residual", "degenerate")
-_OPTIONAL_TENSORS = ("relevance", "evidence")
+_OPTIONAL_TENSORS = ("relevance", "evidence", "explained")
 _TEXTS = (
     "response",
     "tokens",

@@ -342,6 +342,8 @@ class Attribution:
         backend: `triton` or `torch`, what ran.
         notes: what a careful reader should know about this result.
         calibration: which evidence is low for this model and how far that can be trusted; None where nobody measured.
+        explained: bool `[target]`, which tokens were asked for; the others have scores, but maps, context and relevance
+            of zeros. None where all were.
     """
 
     response: str
@@ -370,6 +372,7 @@ class Attribution:
     notes: tuple[str, ...] = ()
     versions: tuple[tuple[str, str], ...] = field(default=())
     calibration: Calibration | None = None
+    explained: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

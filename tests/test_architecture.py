@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.msea",
         "fastattr.ops",
         "fastattr.regions",
+        "fastattr.targets",
         "fastattr.text",
     },
     "fastattr.streaming": {
@@ -67,6 +68,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "fastattr.selection": {"fastattr.report", "fastattr.text"},
     "fastattr.fields": {"fastattr.selection", "fastattr.text"},
+    "fastattr.targets": {"fastattr.fields", "fastattr.selection", "fastattr.text"},
     "fastattr.storage": {"fastattr.calibration"},
     "fastattr.metrics": set(),
     "fastattr.metrics.faithfulness": {"fastattr.images"},

@@ -425,6 +425,7 @@ function describe() {
   });
   const targets = targetsOf(active);
   $("degenerate").hidden = !targets.length || !targets.every((target) => view.degenerate[target]);
+  $("unasked").hidden = !view.explained || !targets.length || targets.some((target) => view.explained[target]);
 }
 
 function placeOf({ stem, step, targets }) {

@@ -270,6 +270,7 @@ def _view(attribution: Attribution, label: str) -> dict[str, Any]:
         "logProb": _finite(attribution.log_prob),
         "agreement": _finite(attribution.agreement),
         "degenerate": attribution.degenerate.tolist(),
+        "explained": None if attribution.explained is None else attribution.explained.tolist(),
         "scales": attribution.config.scales,
         "notes": attribution.notes,
         "settings": _settings(attribution),

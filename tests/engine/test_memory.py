@@ -113,7 +113,7 @@ def test_too_small_a_limit_says_what_it_takes(limit: Any) -> None:
 def test_what_cannot_be_limited_is_refused() -> None:
     readings, head = Large(n_targets=4, n_prompt=2, edge=4, dim=8, vocab=100).states()
     config = AttributionConfig(method="tam", scales=(1.0,), compat="tam")
-    with pytest.raises(fastattr.InputError, match="compat='tam' holds everything in memory"):
+    with pytest.raises(fastattr.InputError, match="compat='tam' explains all tokens in memory"):
         explain_states(readings, head, config, memory_limit=2**30)
 
 
