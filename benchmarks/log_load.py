@@ -257,7 +257,9 @@ def _in_process(work: Callable[..., Row], *arguments: Any) -> Row:
         return pool.submit(work, *arguments).result()
 
 
-def measure(*, n_submit: int = 5000, n_records: int = 3000, runs: int = 41, processes: bool = True) -> list[Row]:
+def measure(
+    *, n_submit: int = 5000, n_records: int = 3000, runs: int = 41, block: int = 20, processes: bool = True
+) -> list[Row]:
     """Every case, one after the other."""
     call: Callable[..., Row] = _in_process if processes else lambda work, *arguments: work(*arguments)
     cases: Sequence[tuple[Callable[..., Row], tuple[Any, ...]]] = (
@@ -265,7 +267,7 @@ def measure(*, n_submit: int = 5000, n_records: int = 3000, runs: int = 41, proc
         (submit_latency, (n_submit, 1)),
         (records_rate, (n_records,)),
         (capture_overhead, (runs,)),
-        (server_overhead, (max(1, runs // 4),)),
+        (server_overhead, (max(1, runs // 4), block)),
     )
     return [call(work, *arguments) for work, arguments in progress(cases, lambda case: case[0].__name__)]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.log_report import faults_table, log_table, server_table
 from benchmarks.rank_filter import filter_table
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_summary, rivals_table
@@ -23,6 +24,7 @@ from benchmarks.table import (
 )
 from fastattr.evaluate import read
 from fastattr.evaluate.tables import methods_table
+from fastattr.log.schema import as_markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,6 +50,9 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert rivals_summary(*read_jsonl(RESULTS / "rivals.jsonl")) in README
     assert postprocessing_table(*read_jsonl(RESULTS / "postprocessing.jsonl")) in README
     assert rates_table(*read_jsonl(RESULTS / "rates.jsonl")) in README
+    assert log_table(*read_jsonl(RESULTS / "log_load.jsonl")) in README
+    assert faults_table(*read_jsonl(RESULTS / "faults.jsonl")) in README
+    assert server_table(*read_jsonl(RESULTS / "log_server.jsonl")) in README
     benchmarks = (ROOT / "benchmarks" / "README.md").read_text()
     assert long_table(*read_jsonl(RESULTS / "long.jsonl")) in benchmarks
     assert overhead_table(*read_jsonl(RESULTS / "overhead.jsonl")) in benchmarks
@@ -56,6 +61,10 @@ def test_the_tables_are_those_of_the_results() -> None:
     assert sanity_table(*read_jsonl(RESULTS / "sanity.jsonl")) in benchmarks
     kernels = (ROOT / "kernels" / "README.md").read_text()
     assert static_table(*read_jsonl(RESULTS / "static.jsonl")) in kernels
+
+
+def test_the_record_is_documented() -> None:
+    assert as_markdown() in (ROOT / "fastattr" / "log" / "README.md").read_text()
 
 
 def test_the_tree_is_the_tree() -> None:
