@@ -48,6 +48,7 @@ class LogConfig:
         images: keep a SHA-256 of each (`hash`), also the pictures (`store`), or nothing (`none`).
         queue_bytes: what waits in memory; what does not fit is dropped and counted.
         capture_bytes: pages for captured states, see `fastattr.StateBuffer`.
+        capture_to: where the pages are: on the `model`'s device, in `cpu` memory, or there and `pinned`.
         spool_bytes: what waits on disk for publication; beyond it submissions are dropped and counted.
         segment_bytes, segment_age_s: a segment is published when its spool file is this large or this old.
         sync_s: records are durable at most this long after they are explained.
@@ -78,6 +79,7 @@ class LogConfig:
     images: Images = "hash"
     queue_bytes: int = 256 * 2**20
     capture_bytes: int = 256 * 2**20
+    capture_to: Literal["model", "cpu", "pinned"] = "model"
     spool_bytes: int = 2**30
     segment_bytes: int = 32 * 2**20
     segment_age_s: float = 300.0
@@ -121,6 +123,7 @@ class LogConfig:
             raise InputError(f"retention_days is {days!r}, expected a whole number of at least 1, or None for ever")
         for name, allowed in (
             ("explain", ("thread", "worker")),
+            ("capture_to", ("model", "cpu", "pinned")),
             ("content", get_args(Content)),
             ("images", get_args(Images)),
             ("telemetry", (True, False)),

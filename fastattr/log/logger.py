@@ -111,7 +111,10 @@ class AttributionLogger:
         if self._buffer is None:
             from fastattr.adapters import StateBuffer
 
-            self._buffer = StateBuffer(self.config.capture_bytes)
+            to = self.config.capture_to
+            self._buffer = StateBuffer(
+                self.config.capture_bytes, place="model" if to == "model" else "cpu", pin_memory=to == "pinned"
+            )
         return self._buffer
 
     # --- submitting: on the request's path -------------------------------------------------------------
