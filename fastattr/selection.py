@@ -152,18 +152,34 @@ def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
         raise InputError(
             "low evidence was asked for, but this attribution was made without evidence; use attribute with evidence=True"
         )
+    spans, low = _judge_words(attribution, evidence)
+    chosen = [tuple(span) for span in spans[low].tolist()]
+    return tuple(
+        Selection(attribution, (span,), (targets,))
+        for span, targets in zip(chosen, token_targets(attribution.spans, chosen), strict=True)
+    )
+
+
+def count_low_evidence(attribution: Attribution, evidence: Tensor) -> int:
+    """How many words `select_low_evidence` selects, for `evidence [target]` in nats."""
+    return int(_judge_words(attribution, evidence)[1].sum())
+
+
+def _judge_words(attribution: Attribution, evidence: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Spans `[word 2]` of all words but function words, and bool `[word]`, whether their evidence is low."""
     threshold = 0.0 if attribution.calibration is None else attribution.calibration.threshold_nats
-    spans = [
+    found = [
         match.span()
         for match in _WORD.finditer(attribution.response)
         if match.group().lower().replace("’", "'") not in FUNCTION_WORDS
     ]
-    nats = evidence.tolist()
-    return tuple(
-        Selection(attribution, (span,), (targets,))
-        for span, targets in zip(spans, token_targets(attribution.spans, spans), strict=True)
-        if sum(nats[target] for target in targets) < threshold
-    )
+    spans = np.array(found, np.int64).reshape(-1, 2)
+    starts, stops = np.array(attribution.spans, np.int64).reshape(-1, 2).T
+    first, behind = np.searchsorted(stops, spans[:, 0], "right"), np.searchsorted(starts, spans[:, 1], "left")
+    nats = np.append(evidence.double().numpy(), 0.0)  # a word at the end ends behind the last token
+    with np.errstate(invalid="ignore"):  # infinities of both signs are no number, and not low
+        summed = np.add.reduceat(nats, np.stack([first, behind], axis=1).ravel())[::2] if len(spans) else np.empty(0)
+    return spans, np.where(first < behind, summed, 0.0) < threshold
 
 
 def _select(attribution: Attribution, pattern: str, asked: str, flags: int) -> Selection:

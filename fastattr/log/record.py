@@ -24,7 +24,7 @@ from fastattr.calibration import Calibration
 from fastattr.descriptors import describe_levels
 from fastattr.errors import InputError, SaveError
 from fastattr.log.schema import CONTEXT, SCHEMA, TOKEN, TOP_CONTEXT
-from fastattr.selection import BOX_LEVEL
+from fastattr.selection import BOX_LEVEL, count_low_evidence
 from fastattr.types import Attribution, AttributionConfig
 
 Content = Literal["none", "ids", "text"]
@@ -143,7 +143,7 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
     cells, broken = _clean_maps(why.image)
     by_image = _split(cells, [m.shape[1:] for m in why.image])
     levels = _quantise(cells)
-    described = describe_levels(levels, np.nan_to_num(why.context.float().numpy(), posinf=0.0).sum(1, np.float64))
+    described = describe_levels(levels, _mass(why.context))
     evidence = None if why.evidence is None else _finite(why.evidence)
     log_prob, n_prompt = _finite(why.log_prob), len(why.context_tokens) - len(why)
     text = content == "text"
@@ -172,7 +172,7 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
         "mean_log_prob": _mean(log_prob),
         "mean_evidence": None if evidence is None else _mean(evidence),
         "min_evidence": None if evidence is None else _min(evidence),
-        "low_evidence": None if evidence is None else len(why.low_evidence),
+        "low_evidence": None if why.evidence is None else count_low_evidence(why, why.evidence),
         "mean_image_share": _mean(_finite(described.image_share)),
         "maps": b"".join(maps.tobytes() for maps in np.split(levels, np.cumsum([m[0].size for m in by_image])[:-1], 1)),
         "grids": [list(maps.shape[1:]) for maps in by_image],
@@ -310,6 +310,13 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
     stored["metadata"] = json.loads(values["metadata"])
     stored |= {name: _frozen(values[name]) for name in ("image_sha256", "images")}
     return Record(Envelope(**stored), attribution)
+
+
+def _mass(context: Tensor) -> np.ndarray:
+    """Sum of each target's `[target context]`, without what is no number."""
+    values = context.float().numpy()
+    mass = values.sum(axis=1, dtype=np.float64)
+    return mass if np.isfinite(mass).all() else np.nan_to_num(values, posinf=0.0).sum(axis=1, dtype=np.float64)
 
 
 def _clean_maps(image: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
