@@ -144,7 +144,7 @@ def _image_bytes(image: Any) -> int:
     if isinstance(image, list | tuple):
         return sum(_image_bytes(frame) for frame in image)
     if isinstance(image, Image.Image):
-        return image.width * image.height * len(image.getbands())
+        return image.width * image.height * 4
     if isinstance(image, bytes | bytearray | memoryview):
         return len(image)
     return int(getattr(image, "nbytes", 0))
@@ -191,4 +191,4 @@ def response_length(job: Captured | Replay | Made) -> int:
         return len(job.response_ids)
     sequences = job.out if isinstance(job.out, Tensor) else getattr(job.out, "sequences", None)
     prompt = job.states.prompt_ids
-    return 0 if sequences is None or prompt is None else max(0, sequences.shape[-1] - len(prompt))
+    return 0 if sequences is None or prompt is None else max(0, sequences.shape[-1] - prompt.shape[0])
