@@ -97,7 +97,9 @@ def plan(shape: Shape, device: torch.device, limit_bytes: int | None) -> Plan:
     keeps = 2 * shape.lit_bytes + shape.block_bytes(1) <= free  # twice while they are made
     left = free - 2 * shape.lit_bytes if keeps else free // 2
     block = max(1, min(block, left // shape.block_bytes(1)))
-    chunk = None if keeps else max(1, min(shape.context, (free - shape.block_bytes(block)) // (_CHUNK_BYTES * shape.image)))
+    chunk = (
+        None if keeps else max(1, min(shape.context, (free - shape.block_bytes(block)) // (_CHUNK_BYTES * shape.image)))
+    )
     return Plan(_even(shape.targets, block), chunk, on_disk=True)
 
 

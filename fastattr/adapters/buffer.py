@@ -84,6 +84,7 @@ class Pages:
     def __init__(self, buffer: StateBuffer) -> None:
         self.buffer = buffer
         self.borrowed: list[Tensor] = []
+        self.n_bytes = 0
         self._used_rows = PAGE_ROWS  # of the last page
 
     def keep(self, states: Tensor) -> list[Tensor] | None:
@@ -96,6 +97,7 @@ class Pages:
                 if page is None:
                     return None
                 self.borrowed.append(page)
+                self.n_bytes += page.nbytes
                 self._used_rows = 0
             rows = min(n - done, PAGE_ROWS - self._used_rows)
             piece = self.borrowed[-1][self._used_rows : self._used_rows + rows]

@@ -48,7 +48,7 @@ class CapturedStates:
         self.fed: list[Tensor] = []
         self.hidden: list[Tensor] = []
         self._pages = Pages(buffer)
-        self._runs = 0
+        self._runs = self._input_bytes = 0
         self._ready: Any = None
         # also where the user forgets them, or an exception takes them away
         self._give_back = weakref.finalize(self, buffer.give_back, self._pages.borrowed)
@@ -99,13 +99,14 @@ class CapturedStates:
             if isinstance(value, Tensor)
             and name not in ("input_ids", "attention_mask", "position_ids", "cache_position")
         }
+        self._input_bytes = sum(value.nbytes for value in self.model_inputs.values())
 
     # --- afterwards ---
 
     @property
     def n_bytes(self) -> int:
         """What these states and inputs hold in memory."""
-        return sum([each.nbytes for each in (*self._pages.borrowed, *self.model_inputs.values())])
+        return self._pages.n_bytes + self._input_bytes
 
     def attribute(self, out: Any, **options: Any) -> Any:
         """Explain what `generate` returned. Options as in `fastattr.attribute_captured`."""

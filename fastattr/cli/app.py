@@ -1,4 +1,4 @@
-"""`fastattr demo | explain | show | models | eval | bench | log | worker`."""
+"""`fastattr demo | explain | show | models | eval | bench | log | worker | batch`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 from tqdm import tqdm
 
 import fastattr
-from fastattr.cli import log, worker
+from fastattr.cli import batch, log, worker
 from fastattr.cli.output import Json, check_suffix, print_attributions, printable, where, write
 from fastattr.errors import FastattrError, InputError
 
@@ -219,6 +219,7 @@ def bench(
 
 app.add_typer(log.app, name="log")
 app.command()(worker.worker)
+app.command()(batch.batch)
 
 # --- the work --------------------------------------------------------------------------------------
 

@@ -115,6 +115,18 @@ class Destination:
         if found != data:
             raise SaveError(f"{self.url!r} gives back other bytes than were written; choose another destination")
 
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file beside the records, whole and durable or not at all. Raises `SaveError`."""
+        self._store.put(name, data)
+
+    def get(self, name: str) -> bytes:
+        """Read such a file. Raises `SaveError`."""
+        return self._store.get(name)
+
+    def names(self) -> list[str]:
+        """At least all segments and tallies. Raises `SaveError`."""
+        return self._store.names()
+
     def publish(self, spool: Path, writer: str) -> Published:
         """Turn a spool file that nobody writes to any more into a segment, and delete it.
 

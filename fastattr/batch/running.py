@@ -1,0 +1,203 @@
+"""A batch from its inputs to its summary: plan, skip what is published, let an engine do the rest, give up on too many faults."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from fastattr.batch import local
+from fastattr.batch.output import open_output
+from fastattr.batch.plan import Plan, settle, shard_of
+from fastattr.batch.shards import Job, ShardResult, Task, Underway
+from fastattr.batch.sources import Fields, find_inputs, scan
+from fastattr.errors import InputError
+from fastattr.log.config import Images
+from fastattr.log.record import Content
+from fastattr.types import AttributionConfig
+
+FIRST_ROWS = 1000  # of these so many may fail as if all had been done, so that a bad start ends nothing
+
+Outcome = Literal["done", "stopped", "too_many_failures"]
+
+
+class Engine(Protocol):
+    """Publishes shards, in any order: `local.run` or `ray_engine.run`, with their options bound by `functools.partial`."""
+
+    def __call__(
+        self, job: Job, tasks: Sequence[Task], *, stop: threading.Event
+    ) -> Generator[ShardResult | Underway, None, None]: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a batch is. All counts but those of shards are of rows.
+
+    Attributes:
+        total: of the plan.
+        done: explained or failed, by this run and earlier ones, in shards that are published or under way.
+        failed: of `done`.
+        earlier: of `done`, by earlier runs.
+        shards, shards_done: of the plan, and published.
+    """
+
+    total: int
+    done: int
+    failed: int
+    earlier: int
+    shards: int
+    shards_done: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a batch came to.
+
+    Attributes:
+        outcome: `done`, or what ended it before: `stopped` from outside, or `too_many_failures`.
+        written: rows with a record.
+        failed: rows without one, told in `failed/`.
+        left: rows that the same call would go on with.
+        earlier: rows that were done before this run.
+    """
+
+    outcome: Outcome
+    total: int
+    written: int
+    failed: int
+    left: int
+    earlier: int
+
+
+class Tell(Protocol):
+    def __call__(self, progress: Progress) -> None: ...
+
+
+def run(
+    inputs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str = "shapes",
+    attribution: AttributionConfig | None = None,
+    fields: Fields | None = None,
+    content: Content = "ids",
+    images: Images = "hash",
+    max_new_tokens: int = 256,
+    shard_rows: int = 256,
+    limit: int | None = None,
+    max_error_rate: float = 0.05,
+    device: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    input_options: Mapping[str, Any] | None = None,
+    engine: Engine = local.run,
+    stop: threading.Event | None = None,
+    tell: Tell = lambda progress: None,
+) -> Summary:
+    """Explain every row of the inputs into a directory that all readers of `fastattr.log` understand.
+
+    To go on after whatever ended it, call it again: what is published is skipped, and rows that failed are not tried
+    again.
+
+    Args:
+        inputs: files or folders, see `sources.find_inputs`; fields of a row, see `sources.Fields`.
+        out: a directory or fsspec URL, of this batch alone.
+        model: what `fastattr.load` takes, or `package.module:function`, called in each worker with the device.
+        content, images: what records keep, as of `LogConfig`.
+        max_error_rate: share of failed rows above which the batch is given up; see `Summary.outcome`.
+        device: of the models; by default a GPU for each worker where there are some, else the CPU.
+        storage_options, input_options: for fsspec, of the output and of inputs and images.
+        stop: ends the batch soon after it is set.
+
+    Raises:
+        DatasetError: an input cannot be read, a row has no id, or an id is there twice.
+        InputError: an option is out of range.
+        SaveError: `out` cannot be written, or holds another batch.
+        FastattrError: the model cannot be explained, or workers die and no row is to blame.
+    """
+    if not isinstance(max_error_rate, int | float) or not 0.0 <= max_error_rate <= 1.0:
+        raise InputError(f"max_error_rate is {max_error_rate!r}, expected a share from 0 (none) to 1 (all)")
+    names = [inputs] if isinstance(inputs, str | Path) else inputs
+    fields = Fields() if fields is None else fields
+    output = open_output(str(out), storage_options)
+    plan = Plan(
+        day=datetime.now(timezone.utc).date(),
+        inputs=(),
+        model=model,
+        attribution=AttributionConfig() if attribution is None else attribution,
+        fields=fields,
+        content=content,
+        images=images,
+        max_new_tokens=max_new_tokens,
+        shard_rows=shard_rows,
+        limit=limit,
+    )
+    paths = find_inputs([str(name) for name in names], input_options)
+    plan = replace(plan, inputs=scan(paths, fields, shard_rows, limit, input_options))
+    with output.locked():
+        plan = settle(plan, output)
+        shards, published = plan.shards(), {shard_of(plan.id, writer) for writer in output.writers()}
+        earlier = {shard.number: len(shard) for shard in shards if shard.number in published}
+        failed = sum(len(output.read_failures(each)) for each in sorted(output.shards_with_failures() & earlier.keys()))
+        job = Job(plan, str(out), device, dict(storage_options or {}), dict(input_options or {}))
+        tasks = [Task(shard) for shard in shards if shard.number not in earlier]
+        done = sum(earlier.values())
+        count = _Count(Progress(plan.n_rows, done, failed, done, len(shards), len(earlier)))
+        tell(count.progress)
+        stop = threading.Event() if stop is None else stop
+        if tasks and not _too_many(count.progress, max_error_rate):
+            with closing(engine(job, tasks, stop=stop)) as events:
+                for event in events:
+                    count.add(event)
+                    tell(count.progress)
+                    if _too_many(count.progress, max_error_rate):
+                        break
+    return _summary(count.published, too_many=_too_many(count.progress, max_error_rate))
+
+
+class _Count:
+    """What is published, and what is under way, which an accident may take back."""
+
+    def __init__(self, published: Progress) -> None:
+        self.published = published
+        self._underway: dict[int, Underway] = {}
+
+    def add(self, event: ShardResult | Underway) -> None:
+        if isinstance(event, Underway):
+            self._underway[event.shard] = event
+            return
+        self._underway.pop(event.shard, None)
+        self.published = replace(
+            self.published,
+            done=self.published.done + event.written + event.failed,
+            failed=self.published.failed + event.failed,
+            shards_done=self.published.shards_done + 1,
+        )
+
+    @property
+    def progress(self) -> Progress:
+        underway = self._underway.values()
+        return replace(
+            self.published,
+            done=self.published.done + sum(each.done for each in underway),
+            failed=self.published.failed + sum(each.failed for each in underway),
+        )
+
+
+def _too_many(progress: Progress, max_error_rate: float) -> bool:
+    return progress.failed > max_error_rate * max(progress.done, min(progress.total, FIRST_ROWS))
+
+
+def _summary(published: Progress, *, too_many: bool) -> Summary:
+    left = published.total - published.done
+    return Summary(
+        outcome="too_many_failures" if too_many else "stopped" if left else "done",
+        total=published.total,
+        written=published.done - published.failed,
+        failed=published.failed,
+        left=left,
+        earlier=published.earlier,
+    )

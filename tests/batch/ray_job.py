@@ -1,0 +1,44 @@
+"""A batch on a local Ray cluster whose worker is killed, and rows for a step of Ray Data. Prints one line of JSON.
+
+A script: Ray has processes and warnings of its own, which do not concern pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from fastattr import AttributionConfig
+from fastattr.batch import RayExplainer, ray_engine, run
+
+LENS = AttributionConfig(method="lens", scales=(1.0,), evidence=False)
+
+
+def main(source: str, out: str, flag: str) -> None:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    engine = partial(ray_engine.run, workers=2)
+    options: dict[str, Any] = {"model": "tests.batch.loaders:killed_once", "attribution": LENS, "shard_rows": 6}
+    job = run(source, out, engine=engine, **options)
+    again = run(source, out, engine=engine, **options)
+    rows = [json.loads(line) for line in Path(source).read_text().splitlines()][1:4]
+    for row in rows:
+        row["image"] = str(Path(source).parent / row["image"])
+    rows[1]["image"] = "none.png"
+    # an actor that is given tables, which is all that Ray Data makes of it
+    explainer = ray.remote(RayExplainer).remote(attribution=LENS)  # type: ignore[call-arg]
+    table = ray.get(explainer.__call__.remote(pa.Table.from_pylist(rows)))
+    kept = ("request_id", "status", "error_type")
+    steps = [[row[name] for name in kept] for row in table.to_pylist()]
+    killed = Path(flag).exists()
+    print(json.dumps({"job": asdict(job), "again": asdict(again), "killed": killed, "steps": steps}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
