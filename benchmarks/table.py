@@ -10,7 +10,6 @@ from benchmarks.rank_filter import filter_table
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_table
 from benchmarks.sanity import sanity_table
-from benchmarks.scaling_report import scaling_table
 from fastattr.evaluate import Results
 from fastattr.evaluate.tables import (
     AGREEMENT,
@@ -323,7 +322,6 @@ TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
     ("logging", "log_load", log_table),
     ("a server killed", "log_server", server_table),
     ("faults", "faults", faults_table),
-    ("scaling", "scaling", scaling_table),
 )
 
 

@@ -16,7 +16,7 @@ from fastattr.adapters import Model
 
 def deadly(device: str | None) -> Model:
     """Ends its process when it sees a picture of one colour."""
-    return _watched(device, lambda pixels: os.abort() if float(pixels.std(dim=(2, 3)).max()) == 0 else None)
+    return _watched(device, lambda pixels: os.abort() if float(pixels.std(dim=(2, 3)).amax(dim=1).min()) == 0 else None)
 
 
 def stillborn(device: str | None) -> Model:
@@ -29,8 +29,8 @@ def killed_once(device: str | None) -> Model:
 
     def look(pixels: Tensor) -> None:
         nonlocal seen
-        seen += 1
-        if seen == 5:
+        seen += len(pixels)
+        if seen >= 5:
             try:
                 Path(os.environ["FASTATTR_TEST_FLAG"]).touch(exist_ok=False)
             except FileExistsError:
