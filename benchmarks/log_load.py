@@ -5,9 +5,9 @@
 Each question in a process of its own, so that nothing is warm from the one before:
 
 * `submit`: how long does `submit` hold up a request? Captured responses come ten times as fast as they can be explained,
-  so that the worker thread is busy throughout and most of them are dropped. They come in bursts, as traffic does, or one
-  by one with a pause between, when the processor has forgotten the code: `json` is what a plain `json.dumps` of a small
-  mapping takes at the same moments, to tell what of it is ours.
+  so that the worker thread is busy throughout and most of them are dropped. They come in bursts, one right behind the
+  other, or one by one after a pause and a capture, when the processor has forgotten the code: `json` is what a plain
+  `json.dumps` of a small mapping takes at the same moments, to tell what of it is ours.
 * `records`: how many records a second, of 200 tokens, 24 x 24 cells and 300 context tokens, go from `submit_attribution`
   to published Parquet, without any dropped?
 * `capture`: what does `fastattr.capture` add to `generate` of the bundled model? Pairs in turn.
@@ -104,11 +104,10 @@ def submit_latency(n: int, burst: int, factor: float = 10.0) -> Row:
         spent, json_spent = np.empty(n), np.empty(n)
         due = time.perf_counter()
         for first in range(0, n, burst):
-            coming = range(first, min(first + burst, n))
-            due += len(coming) * explain_s / factor
+            due += min(burst, n - first) * explain_s / factor
             time.sleep(max(0.0, due - time.perf_counter()))
-            for i in coming:
-                states = _captured(model, inputs, out, hidden)
+            coming = [_captured(model, inputs, out, hidden) for _ in range(min(burst, n - first))]
+            for i, states in enumerate(coming, start=first):
                 began_ns = time.perf_counter_ns()
                 json.dumps(SMALL)
                 json_spent[i] = time.perf_counter_ns() - began_ns
@@ -265,7 +264,7 @@ def _in_process(work: Callable[..., Row], *arguments: Any) -> Row:
 
 
 def measure(
-    *, n_submit: int = 5000, n_records: int = 3000, runs: int = 160, block: int = 20, processes: bool = True
+    *, n_submit: int = 4000, n_records: int = 3000, runs: int = 120, block: int = 20, processes: bool = True
 ) -> list[Row]:
     """Every case, one after the other."""
     call: Callable[..., Row] = _in_process if processes else lambda work, *arguments: work(*arguments)

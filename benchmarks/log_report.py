@@ -19,7 +19,7 @@ def log_table(header: Row, rows: Sequence[Row]) -> str:
     (server,) = (row for row in rows if row["case"] == "server")
     lines = []
     for burst, row in sorted(submits.items(), reverse=True):
-        how = f"in bursts of {burst}" if burst > 1 else "one by one, with pauses"
+        how = f"in bursts of {burst}" if burst > 1 else "each after a pause and its capture"
         lines += [
             (
                 f"`submit` at {row['load']:g}x what can be explained, {how}: p50",
