@@ -264,7 +264,7 @@ def _in_process(work: Callable[..., Row], *arguments: Any) -> Row:
 
 
 def measure(
-    *, n_submit: int = 4000, n_records: int = 3000, runs: int = 120, block: int = 20, processes: bool = True
+    *, n_submit: int = 4000, n_records: int = 3000, runs: int = 240, block: int = 20, processes: bool = True
 ) -> list[Row]:
     """Every case, one after the other."""
     call: Callable[..., Row] = _in_process if processes else lambda work, *arguments: work(*arguments)
@@ -273,7 +273,7 @@ def measure(
         (submit_latency, (n_submit, 1)),
         (records_rate, (n_records,)),
         (capture_overhead, (runs,)),
-        (server_overhead, (max(1, runs // 16), block)),
+        (server_overhead, (max(1, runs // 24), block)),
     )
     return [call(work, *arguments) for work, arguments in progress(cases, lambda case: case[0].__name__)]
 

@@ -33,7 +33,6 @@ MAX_ID_BYTES = 1 << 10
 MAX_METADATA_BYTES = 1 << 16
 
 _MASKED = "·"  # stands for a token of which not even the id is known
-_INFINITY = 0x7F800000  # the bits of a float32
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -394,17 +393,28 @@ def _top_context(why: Attribution, n_prompt: int) -> pa.Array:
     """For each target the context tokens before it of most relevance, those alone that have any relevance or weight."""
     weight = why.context.float().numpy()
     relevance = None if why.relevance is None else why.relevance.float().numpy()
+    score = weight if relevance is None else relevance
     n, total = weight.shape
-    # floats from 0 on are ordered like their bits; behind the bits, the earlier token wins a tie
-    bits = np.ascontiguousarray(weight if relevance is None else relevance).view(np.int32)
-    known = (bits >= 0) & (bits < _INFINITY) & ((bits > 0) | (weight > 0))
-    known &= np.arange(total) < n_prompt + np.arange(n)[:, None]
-    keys = np.where(known, (bits.astype(np.int64) << 32) | np.arange(total)[::-1], -1)
+    known = np.arange(total) < n_prompt + np.arange(n)[:, None]
+    known &= (score >= 0) & (score < np.inf) & ((score > 0) | (weight > 0))
+    chosen = known
     if total > TOP_CONTEXT:
-        keys = np.partition(keys, total - TOP_CONTEXT, axis=1)[:, -TOP_CONTEXT:]
-    keys = np.sort(keys, axis=1)[:, ::-1]
-    kept = keys >= 0
-    row, column = np.nonzero(kept)[0], total - 1 - (keys[kept] & 0xFFFFFFFF)
+        ranked = np.where(known, score, np.float32(-1))
+        least = np.partition(ranked, total - TOP_CONTEXT, axis=1)[:, total - TOP_CONTEXT, None]
+        above, ties = ranked > least, (ranked == least) & known
+        room = TOP_CONTEXT - above.sum(axis=1)
+        if (ties.sum(axis=1) > room).any():  # the earlier token wins
+            ties &= np.cumsum(ties, axis=1) <= room[:, None]
+        chosen = above | ties
+    row, column = np.nonzero(chosen)
+    count = chosen.sum(axis=1)
+    # side by side, at most TOP_CONTEXT a target, to be sorted all at once
+    slot = np.arange(len(row)) - (np.cumsum(count) - count)[row]
+    width = int(count.max(initial=0))
+    scores, columns = np.full((n, width), -1, np.float32), np.zeros((n, width), np.int64)
+    scores[row, slot], columns[row, slot] = score[row, column], column
+    order = np.argsort(-scores, axis=1, kind="stable")
+    column = np.take_along_axis(columns, order, axis=1)[np.arange(width) < count[:, None]]
     values = {
         "index": column.astype(np.int32),
         "relevance": None if relevance is None else relevance[row, column],
@@ -413,7 +423,7 @@ def _top_context(why: Attribution, n_prompt: int) -> pa.Array:
     struct = pa.StructArray.from_arrays(
         [_column(values[field.name], field.type, len(column)) for field in CONTEXT], fields=list(CONTEXT)
     )
-    return _lists(struct, kept.sum(axis=1), "context")
+    return _lists(struct, count, "context")
 
 
 def _lists(
