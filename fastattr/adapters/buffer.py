@@ -87,21 +87,28 @@ class Pages:
         self.n_bytes = 0
         self._used_rows = PAGE_ROWS  # of the last page
 
-    def keep(self, states: Tensor) -> list[Tensor] | None:
-        """Copies of states `[1 n dim]`, in pieces `[1 m dim]`; None where the buffer is full."""
-        kept: list[Tensor] = []
+    def keep(self, states: Tensor) -> bool:
+        """Copy states `[1 n dim]`; of several rows in a batch the first. False where the buffer is full."""
         done, n = 0, states.shape[1]
         while done < n:
             if self._used_rows == PAGE_ROWS:
                 page = self.buffer.borrow(states)
                 if page is None:
-                    return None
+                    return False
                 self.borrowed.append(page)
                 self.n_bytes += page.nbytes
                 self._used_rows = 0
             rows = min(n - done, PAGE_ROWS - self._used_rows)
-            piece = self.borrowed[-1][self._used_rows : self._used_rows + rows]
-            piece.copy_(states[0, done : done + rows], non_blocking=True)
-            kept.append(piece[None])
+            place = self.borrowed[-1][self._used_rows : self._used_rows + rows]
+            place.copy_(states[0] if rows == n else states[0, done : done + rows], non_blocking=True)
             self._used_rows, done = self._used_rows + rows, done + rows
-        return kept
+        return True
+
+    @property
+    def n_rows(self) -> int:
+        """States kept so far."""
+        return max(0, len(self.borrowed) - 1) * PAGE_ROWS + (self._used_rows if self.borrowed else 0)
+
+    def read(self) -> Tensor:
+        """All of them, `[n dim]`."""
+        return torch.cat([*self.borrowed[:-1], self.borrowed[-1][: self._used_rows]])

@@ -38,7 +38,7 @@ class CapturedStates:
         model_inputs: what the model was given besides `input_ids`.
         prompt_ids: `[n]`, what it was given; None until it runs.
         fed: ids of every step, `[1 n]` each.
-        hidden: states of every step, `[1 n dim]` each; fewer than were fed where the buffer was full.
+        hidden: states `[n dim]` that were read before, in place of those that hooks would keep; None but for a worker.
     """
 
     def __init__(self, model: Model, buffer: StateBuffer = SHARED_BUFFER) -> None:
@@ -46,9 +46,10 @@ class CapturedStates:
         self.model_inputs: dict[str, Tensor] = {}
         self.prompt_ids: Tensor | None = None
         self.fed: list[Tensor] = []
-        self.hidden: list[Tensor] = []
+        self.hidden: Tensor | None = None
         self._pages = Pages(buffer)
         self._runs = self._input_bytes = 0
+        self._is_full = False
         self._ready: Any = None
         # also where the user forgets them, or an exception takes them away
         self._give_back = weakref.finalize(self, buffer.give_back, self._pages.borrowed)
@@ -81,13 +82,12 @@ class CapturedStates:
 
     def keep(self, states: Tensor) -> None:
         """One forward made these, `[batch n dim]`. Of several rows the first: they will have to be read again anyway."""
-        kept = self._pages.keep(states.detach())
-        if kept is not None:
-            self.hidden.extend(kept)
+        with torch.no_grad():
+            self._is_full = not self._pages.keep(states) or self._is_full
 
     def end(self) -> None:
         """The block is over; on a GPU, remember when the copies will be there."""
-        if self.hidden and self.fed and self.fed[0].is_cuda:
+        if self.fed and self.fed[0].is_cuda:
             self._ready = torch.cuda.Event()
             self._ready.record()
 
@@ -128,9 +128,14 @@ class CapturedStates:
         """Whether the captured steps are exactly `sequence [seq]` without its last token."""
         if any(each.shape[0] != 1 for each in self.fed) or not self.fed:
             return False
-        rows = sum(each.shape[1] for each in self.hidden)
         fed = torch.cat(self.fed, dim=1)[0]
-        return len(fed) == rows == len(sequence) - 1 and torch.equal(fed, sequence[:-1])
+        complete = len(fed) == self.n_states == len(sequence) - 1 and not self._is_full
+        return complete and torch.equal(fed, sequence[:-1])
+
+    @property
+    def n_states(self) -> int:
+        """States that were kept."""
+        return self._pages.n_rows if self.hidden is None else len(self.hidden)
 
     def read(self, sequence: Tensor) -> tuple[Tensor, str]:
         """`hidden_states [seq - 1, dim]` of `sequence [seq]`, and `capture` or `replay`.
@@ -141,10 +146,12 @@ class CapturedStates:
         if self._ready is not None:
             self._ready.synchronize()
         if self.matches(sequence):
-            return torch.cat(self.hidden, dim=1)[0].to(sequence.device), "capture"
-        rows = sum(each.shape[0] * each.shape[1] for each in self.hidden)
+            hidden = self._pages.read() if self.hidden is None else self.hidden
+            return hidden.to(sequence.device), "capture"
         logger.warning(
-            "captured %d states where %d are expected; reading them again in one forward", rows, len(sequence) - 1
+            "captured %d states where %d are expected; reading them again in one forward",
+            self.n_states,
+            len(sequence) - 1,
         )
         last, _ = forward(self.model.hf_model, sequence[None, :-1], self.model_inputs, -1, interpolate=False)
         return last[0], "replay"
@@ -176,7 +183,7 @@ class CapturedStates:
 
     def release(self) -> None:
         """Give the memory back; nothing can be read any more."""
-        self.hidden, self.fed, self.model_inputs = [], [], {}
+        self.hidden, self.fed, self.model_inputs = None, [], {}
         self._give_back()
 
 

@@ -225,7 +225,7 @@ def _read_job(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model:
     }
     states.fed = [sequence[None, :-1]]
     if "hidden" in tensors:
-        states.hidden = [tensors["hidden"][None].to(model.device)]
+        states.hidden = tensors["hidden"].to(model.device)
     return Captured(states, sequence[None])
 
 

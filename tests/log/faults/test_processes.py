@@ -320,10 +320,10 @@ def test_states_that_are_no_numbers_are_counted_or_kept_as_such(
         for spoiled in (0, 1, 5, None):
             with fastattr.capture(model, buffer=logger.buffer) as states:
                 out = model.hf_model.generate(**inputs, max_new_tokens=6, do_sample=False)
-            rows = torch.cat(states.hidden, dim=1)
+            rows = states.read(out[0])[0].clone()
             if spoiled is not None:
-                rows[0, -spoiled:] = value  # all of them for 0
-            states.hidden = [rows]
+                rows[-spoiled:] = value  # all of them for 0
+            states.hidden = rows
             assert logger.submit(states, out, request_id=f"{spoiled}", images=[picture], prompt=PROMPT)
         assert logger.flush(PATIENCE_S)
     stats = logger.stats()
