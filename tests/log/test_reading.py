@@ -370,19 +370,19 @@ def test_an_object_store_reads_alike(made: tuple[Path, list[Made]]) -> None:
             "client_kwargs": {"endpoint_url": f"http://{host}:{port}", "region_name": "eu-west-1"},
         }
         store = fsspec.filesystem("s3", **options)
-        store.mkdir("bucket")
+        store.mkdir("reading")
         paths = sorted(dest.rglob("*.parquet"))
         for path in paths[:-1]:
-            store.pipe_file(f"bucket/log/{path.relative_to(dest)}", path.read_bytes())
-        store.pipe_file("bucket/log/writers/torn.json", b"{")
-        assert reading.open_log("s3://bucket/log", options).segments == tuple(
-            f"bucket/log/{path.relative_to(dest)}" for path in paths[:-1]
+            store.pipe_file(f"reading/log/{path.relative_to(dest)}", path.read_bytes())
+        store.pipe_file("reading/log/writers/torn.json", b"{")
+        assert reading.open_log("s3://reading/log", options).segments == tuple(
+            f"reading/log/{path.relative_to(dest)}" for path in paths[:-1]
         )
         elsewhere = fsspec.filesystem("s3", **options, skip_instance_cache=True)  # as another process publishes
-        elsewhere.pipe_file(f"bucket/log/{paths[-1].relative_to(dest)}", paths[-1].read_bytes())
-        found = reading.read("s3://bucket/log", order_by="oldest", storage_options=options)
+        elsewhere.pipe_file(f"reading/log/{paths[-1].relative_to(dest)}", paths[-1].read_bytes())
+        found = reading.read("s3://reading/log", order_by="oldest", storage_options=options)
         assert [record.envelope.record_id for record in found] == ids(records)
-        assert len(reading.tallies("s3://bucket/log", options)[1]) == 1
+        assert len(reading.tallies("s3://reading/log", options)[1]) == 1
         with pytest.raises(SaveError, match="cannot be listed"):
             reading.open_log("s3://missing/log", options)
     finally:

@@ -244,9 +244,9 @@ def test_an_s3_server_that_is_stopped_and_started_again(
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
     try:
-        fsspec.filesystem("s3", **options).mkdir("bucket")
+        fsspec.filesystem("s3", **options).mkdir("faults")
         logger = AttributionLogger(
-            "s3://bucket/attr", spool=str(tmp_path), storage_options=options, sample_rate=1.0, segment_bytes=1
+            "s3://faults/attr", spool=str(tmp_path), storage_options=options, sample_rate=1.0, segment_bytes=1
         )
         try:
             assert logger.submit_attribution(WHY, request_id="before")
@@ -263,7 +263,7 @@ def test_an_s3_server_that_is_stopped_and_started_again(
         finally:
             assert logger.shutdown(PATIENCE_S)
         assert_identity(logger.stats())
-        found = ids_in("s3://bucket/attr", storage_options=options)
+        found = ids_in("s3://faults/attr", storage_options=options)
         assert found == ["away 0", "away 1", "away 2", "away 3", "away 4", "before"]
         fault_counts.add("S3 away", faults=1, acknowledged=6, checked=len(found))
     finally:
