@@ -25,19 +25,8 @@ def rankings(states: ScaleStates, head: OutputHead, top_k: int, backend: str) ->
     Raises:
         InputError: when `top_k` is larger than the vocabulary.
     """
-    if top_k > head.vocab:
-        raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
     predictions = states.predictions
-    ids, _, logsumexp = ops.lm_head_summary(
-        predictions,
-        head.weight,
-        top_k,
-        head.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        valid_vocab=head.valid_vocab,
-        backend=backend,
-    )
+    ids, logsumexp = rank(predictions, head, top_k, backend)
     n_prompt = len(states.layout.prompt)
     own = ops.lm_head_logit(
         predictions[n_prompt:],
@@ -48,6 +37,27 @@ def rankings(states: ScaleStates, head: OutputHead, top_k: int, backend: str) ->
         softcap=head.softcap,
     )
     return ids, own - logsumexp[n_prompt:]
+
+
+def rank(states: Tensor, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
+    """What the model ranks highest in each of `states [n dim]`: ordered ids int32 `[n k]`, and logsumexp `[n]`.
+
+    Raises:
+        InputError: when `top_k` is larger than the vocabulary.
+    """
+    if top_k > head.vocab:
+        raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
+    ids, _, logsumexp = ops.lm_head_summary(
+        states,
+        head.weight,
+        top_k,
+        head.bias,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap,
+        valid_vocab=head.valid_vocab,
+        backend=backend,
+    )
+    return ids, logsumexp
 
 
 def interference(

@@ -41,10 +41,15 @@ def class_activations(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> T
 
 def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
     """Log-probability (nats) of every target where it was predicted, `[target]`."""
+    return log_prob_of(states.predictions[len(states.layout.prompt) :], head, states.target_ids)
+
+
+def log_prob_of(states: Tensor, head: OutputHead, ids: Tensor) -> Tensor:
+    """Log-probability (nats) of `ids [n]`, each predicted with one of `states [n dim]`, `[n]`."""
     return ops.lm_head_log_prob(
-        states.predictions[len(states.layout.prompt) :],
+        states,
         head.weight,
-        states.target_ids,
+        ids,
         head.bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,

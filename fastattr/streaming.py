@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastattr import ops
+from fastattr.arc import rank
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
-from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate
+from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
 from fastattr.method import Block, Shared, explain_block
 from fastattr.msea import base_scale, common_grids, scale_weights
 from fastattr.pipeline import finish, notes_of
@@ -160,7 +161,7 @@ class Stream:
         base_prompt = torch.tensor(encoded[self._base].prompt, dtype=torch.long, device=model.head.weight.device)
         last = self._decoders[self._base]
         states = last.hidden_states if last.last_states is None else last.last_states
-        self._ranked = Rows(self._rankings(states[base_prompt])[0]) if config.method == "arc" else None
+        self._ranked = Rows(self._rankings(states[base_prompt])) if config.method == "arc" else None
         self._log_prob: Rows | None = None
         self._weights: Rows | None = None
 
@@ -227,7 +228,7 @@ class Stream:
         self._log_prob = self._grown(self._log_prob, log_prob)
         self._weights = self._grown(self._weights, scale_weights(agreement, config))
         if self._ranked is not None:
-            self._ranked.add(self._rankings(self._decoders[self._base].next_state)[0])
+            self._ranked.add(self._rankings(self._decoders[self._base].next_state))
         readings = self._readings()
         n_context = len(readings[0].layout.context)
         for lit, reading in zip(self._lit, readings, strict=True):
@@ -330,36 +331,12 @@ class Stream:
             )
         return tuple(readings)
 
-    def _rankings(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        head = self._model.head
-        if self._config.top_k > head.vocab:
-            raise InputError(
-                f"top_k is {self._config.top_k}, expected at most {head.vocab}, the size of the vocabulary"
-            )
-        ids, _, logsumexp = ops.lm_head_summary(
-            states,
-            head.weight,
-            self._config.top_k,
-            head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            valid_vocab=head.valid_vocab,
-            backend=self._backend,
-        )
-        return ids, logsumexp
+    def _rankings(self, states: Tensor) -> Tensor:
+        return rank(states, self._model.head, self._config.top_k, self._backend)[0]
 
     def _said(self, state: Tensor, token_id: int) -> Tensor:
         """Log-probability of a token, `[1]` in nats."""
-        head = self._model.head
-        return ops.lm_head_log_prob(
-            state,
-            head.weight,
-            torch.tensor([token_id], device=state.device),
-            head.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
-            valid_vocab=head.valid_vocab,
-        )
+        return log_prob_of(state, self._model.head, torch.tensor([token_id], device=state.device))
 
     def _grown(self, rows: Any, new: Tensor) -> Any:
         from fastattr.adapters import Rows

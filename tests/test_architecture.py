@@ -51,6 +51,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "fastattr.streaming": {
         "fastattr.adapters",
+        "fastattr.arc",
         "fastattr.images",
         "fastattr.maps",
         "fastattr.method",

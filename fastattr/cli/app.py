@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import fastattr
 from fastattr.cli import batch, log, worker
-from fastattr.cli.output import Json, check_suffix, print_attributions, printable, where, write
+from fastattr.cli.output import Json, check_suffix, parse_scales, print_attributions, printable, where, write
 from fastattr.errors import FastattrError, InputError
 
 app = typer.Typer(
@@ -99,7 +99,7 @@ def explain(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
         config = fastattr.AttributionConfig(
-            scales=_parse_scales(scales), backend=backend.value, **_method((method or [MethodName.arc])[0])
+            scales=parse_scales(scales), backend=backend.value, **_method((method or [MethodName.arc])[0])
         )
         _explain_live(list(images), prompt, model, config, out, max_new_tokens, as_json)
         return
@@ -109,7 +109,7 @@ def explain(
         response=response,
         model_name=model,
         methods=method or [MethodName.arc],
-        scales=_parse_scales(scales),
+        scales=parse_scales(scales),
         out=out,
         max_new_tokens=max_new_tokens,
         backend=backend,
@@ -320,13 +320,6 @@ def _say(progress: Any, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
     else:
         progress.set_description(text)
-
-
-def _parse_scales(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--scales is {text!r}, expected numbers separated by commas, for example 1,1.5,2") from error
 
 
 def main() -> None:

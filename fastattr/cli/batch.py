@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from tqdm import tqdm
 
+from fastattr.cli.output import parse_scales
 from fastattr.errors import InputError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def batch(
             inputs,
             out,
             model=model,
-            attribution=replace(base, scales=_parse_scales(scales), evidence=evidence),
+            attribution=replace(base, scales=parse_scales(scales), evidence=evidence),
             fields=fields(id_field, image_field, prompt_field, response_field),
             content=content.value,
             images=images.value,
@@ -204,10 +205,3 @@ def _words(summary: Summary, out: str, took_s: float, max_error_rate: float) -> 
     elif summary.outcome == "stopped":
         lines.append(f"stopped with {summary.left} rows left; run the same command again to go on")
     return lines
-
-
-def _parse_scales(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise InputError(f"--scales is {text!r}, expected numbers separated by commas, for example 1,1.5,2") from error

@@ -146,3 +146,11 @@ def where(image: Sequence[Tensor]) -> str:
     if t > 1:
         place += f", frame {frame + 1}/{t}"
     return place + (f", image {strongest + 1}" if len(image) > 1 else "")
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Image sizes as a person types them. Raises `InputError`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--scales is {text!r}, expected numbers separated by commas, for example 1,1.5,2") from error

@@ -27,6 +27,7 @@ from fastattr.errors import InputError, SaveError
 from fastattr.images import read_visuals
 from fastattr.log.config import LogConfig
 from fastattr.log.requests import Captured, Made, Replay, Request, Submission, bytes_of, digest
+from fastattr.log.spool import sync_folder
 from fastattr.log.telemetry import Caller
 from fastattr.storage import whole_file
 
@@ -125,7 +126,7 @@ def put(config: LogConfig, request: Request) -> Path:
     path = inbox_of(config.spool_path) / f"{request.record_id}.0{SUFFIX}"
     with whole_file(path) as file:
         file.write(data)
-    _sync(path.parent)
+    sync_folder(path.parent)
     return path
 
 
@@ -241,11 +242,3 @@ def hand_back(path: Path, spool: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     os.rename(path, folder / f"{record}.{tried}{SUFFIX}")
     return tried < MAX_ATTEMPTS
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
