@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastattr.chat import Chat
 from fastattr.errors import (
     BackendError,
     FastattrError,
@@ -24,7 +25,7 @@ from fastattr.errors import (
 )
 from fastattr.pipeline import attribute, attribute_batch, attribute_states
 from fastattr.streaming import Step, Stream, TokenStream, stream
-from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout
+from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout, View
 
 if TYPE_CHECKING:
     from fastattr.adapters import Model, StateBuffer, capture, load, wrap
@@ -33,6 +34,7 @@ __all__ = [
     "Attribution",
     "AttributionConfig",
     "BackendError",
+    "Chat",
     "FastattrError",
     "ImageError",
     "ImageGroup",
@@ -50,6 +52,7 @@ __all__ = [
     "TokenLayoutError",
     "TokenStream",
     "UnsupportedModelError",
+    "View",
     "attribute",
     "attribute_batch",
     "attribute_states",

@@ -26,7 +26,7 @@ from fastattr.maps import (
     score_range,
 )
 from fastattr.memory import Disk, Shape, plan
-from fastattr.msea import aggregate, base_scale, common_grids, scale_weights
+from fastattr.msea import aggregate, base_scale, common_grids, scale_weights, split_images
 from fastattr.types import AttributionConfig, Grid, OutputHead, ScaleStates, TokenMaps
 
 
@@ -62,6 +62,8 @@ def explain_states(
             "compat='tam' explains all tokens in memory, as the reference does; leave memory_limit and targets out"
         )
     base = readings[base_scale(config.scales)]
+    if config.compat is not None and any(group.views for group in base.layout.images):
+        raise InputError("compat='tam' knows whole pictures only, but the layout holds views (tiles); leave compat out")
     grids = common_grids([reading.layout for reading in readings])
     check_responses(readings)
     device, layout = base.hidden_states.device, base.layout
@@ -176,9 +178,11 @@ class Shared:
 
     def aggregate(self, flat_maps: Sequence[Tensor], block: slice) -> Tensor:
         """`[target image]` of every scale to one `[target pixel]`, all images side by side."""
-        if len(flat_maps) == 1:  # on its own grid already, with a weight of 1
-            return flat_maps[0]
         layouts = [reading.layout for reading in self.readings]
+        if len(flat_maps) == 1:  # on its own grid, with a weight of 1
+            if not any(group.views for group in layouts[0].images):
+                return flat_maps[0]
+            return torch.cat([each.flatten(1) for each in split_images(flat_maps[0], layouts[0])], dim=1)
         maps = aggregate(flat_maps, layouts, self.weights[block], self.grids, self.config.scale_mean, self.backend)
         return torch.cat([each.flatten(1) for each in maps], dim=1)
 

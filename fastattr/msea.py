@@ -11,6 +11,7 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.errors import TokenLayoutError
 from fastattr.types import AttributionConfig, Grid, TokenLayout
+from fastattr.views import place
 
 DARK = 0.01  # of a target's highest activation, counts as dark in a geometric mean
 
@@ -66,10 +67,10 @@ def scale_weights(agreement: Tensor, config: AttributionConfig) -> Tensor:
 
 
 def split_images(flat: Tensor, layout: TokenLayout) -> tuple[Tensor, ...]:
-    """`[target image]` of all images side by side to one `[target t h w]` for each."""
+    """`[target image]` of all images side by side to one `[target t h w]` for each, tiles laid onto their picture."""
     sizes = [len(group.positions) for group in layout.images]
     parts = flat.split(sizes, dim=1)
-    return tuple(part.unflatten(1, group.grid) for part, group in zip(parts, layout.images, strict=True))
+    return tuple(place(part, group) for part, group in zip(parts, layout.images, strict=True))
 
 
 def aggregate(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattr import ops
+from fastattr.chat import PICTURES, Chat, Messages, Prompt, read_prompt, text_of
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
 from fastattr.maps import check_head, check_states, log_probs
@@ -31,8 +32,8 @@ LOW_AGREEMENT = 0.1
 
 def attribute(
     model: Model,
-    image: ImageLike | Sequence[ImageLike],
-    prompt: str,
+    image: ImageLike | Sequence[ImageLike] | None,
+    prompt: str | Messages | Chat,
     response: str | Sequence[int] | Tensor | None = None,
     *,
     method: Method = "arc",
@@ -59,8 +60,9 @@ def attribute(
     Args:
         model: from `load` or `wrap`.
         image: a path, PIL image, array or encoded bytes; a list of them for several images; a list
-            that holds lists of frames for videos. URLs are not fetched.
-        prompt: the user's text.
+            that holds lists of frames for videos. URLs are not fetched. None where the messages hold them.
+        prompt: the user's text, with all images before it. For several turns, images between words, a system prompt or
+            tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context.
         response: text, or token ids that are never re-tokenised; None lets the model answer (greedy,
             at most `max_new_tokens`).
         targets: explain these tokens alone: `"fields"` for the values of a JSON answer, words, indices, a compiled
@@ -100,7 +102,9 @@ def attribute(
 
 def attribute_batch(
     model: Model,
-    rows: Iterable[tuple[ImageLike | Sequence[ImageLike], str, str | Sequence[int] | Tensor | None]],
+    rows: Iterable[
+        tuple[ImageLike | Sequence[ImageLike] | None, str | Messages | Chat, str | Sequence[int] | Tensor | None]
+    ],
     config: AttributionConfig | None = None,
     *,
     max_new_tokens: int = 256,
@@ -135,7 +139,7 @@ def attribute_batch(
 
 def _attribute_rows(
     model: Model,
-    rows: Sequence[tuple[Any, str, Any]],
+    rows: Sequence[tuple[Any, Any, Any]],
     config: AttributionConfig,
     *,
     max_new_tokens: int,
@@ -145,13 +149,11 @@ def _attribute_rows(
     from fastattr import adapters
 
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
-    visuals = [read_visuals(image) for image, _, _ in rows]
-    encoded = [
-        adapters.encode_scales(model, seen, prompt, config.scales)
-        for seen, (_, prompt, _) in zip(visuals, rows, strict=True)
-    ]
+    given = [read_prompt(image, prompt) for image, prompt, _ in rows]
+    visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
+    encoded = [adapters.encode_scales(model, seen, prompt, config.scales) for seen, prompt in given]
     responses = []
-    for seen, each, (_, prompt, response) in zip(visuals, encoded, rows, strict=True):
+    for (seen, prompt), each, (_, _, response) in zip(given, encoded, rows, strict=True):
         if response is None:
             plain = adapters.encode(model, seen, prompt) if 1.0 not in config.scales else each[config.scales.index(1.0)]
             responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens))
@@ -162,7 +164,6 @@ def _attribute_rows(
         adapters.replay_batch(model, [each[s] for each in encoded], responses, layer=config.layer)
         for s in range(len(config.scales))
     ]
-    prompts = [prompt for _, prompt, _ in rows]
     blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
     found = []
     for i, (seen, prompt) in enumerate(zip(visuals, prompts, strict=True)):
@@ -179,11 +180,11 @@ def _attribute_rows(
                 decode=model.decode,
                 evidence=None if without is None else maps.log_prob - without,
                 visuals=seen,
-                prompt=prompt,
+                prompt=text_of(prompt),
                 model=model.name,
                 calibration=model.calibration,
                 source="replay",
-                notes=notes_of(maps, config, seen, chosen),
+                notes=notes_of(maps, readings[0].layout, config, seen, chosen, takes_videos=model.takes_videos),
                 targets=chosen,
             )
         )
@@ -262,7 +263,13 @@ def attribute_states(
         )
     decode = show_ids if tokenizer is None else tokenizer.batch_decode
     return finish(
-        maps, readings, config, decode=decode, visuals=visuals, source="states", notes=notes_of(maps, config, visuals)
+        maps,
+        readings,
+        config,
+        decode=decode,
+        visuals=visuals,
+        source="states",
+        notes=notes_of(maps, readings[0].layout, config, visuals),
     )
 
 
@@ -271,7 +278,7 @@ def attribute_captured(
     out: Any,
     *,
     image: ImageLike | Sequence[ImageLike] | None = None,
-    prompt: str | None = None,
+    prompt: str | Messages | Chat | None = None,
     method: Method = "arc",
     top_k: int = 50,
     rbo_p: float = 0.9,
@@ -289,7 +296,7 @@ def attribute_captured(
         states: from `capture`.
         out: the sequence `[1 seq]` or the output object of `generate`.
         image: pictures for overlays and evidence.
-        prompt: the user's text, to tell it from the chat template.
+        prompt: the user's text, or the messages, to tell them from the chat template.
         evidence: run one forward of the same tokens with the image blanked; needs `image`.
 
     Raises:
@@ -309,17 +316,17 @@ def attribute_captured(
         evidence=evidence,
         backend=backend,
     )
-    visuals = () if image is None else read_visuals(image)
+    visuals, said = _captured_prompt(image, prompt)
     if evidence and not visuals:
         raise InputError("evidence=True blanks the images, so pass the same as image= that generate was given")
-    reading, source = captured_reading(states, out, visuals=visuals, prompt=prompt)
+    reading, source = captured_reading(states, out, visuals=visuals, prompt=said)
     maps = explain_states([reading], states.model.head, config)
     seen = None
     if evidence:
         blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
         seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
-    notes = notes_of(maps, config, visuals)
-    if prompt is None:
+    notes = notes_of(maps, reading.layout, config, visuals, takes_videos=states.model.takes_videos)
+    if said is None:
         notes += ("the prompt was not given, so every word of the chat template counts as context",)
     if source == "replay":
         notes += ("the captured steps were not exactly the sequence, so its states were read again in one forward",)
@@ -330,7 +337,7 @@ def attribute_captured(
         decode=states.model.decode,
         evidence=seen,
         visuals=visuals,
-        prompt=prompt or "",
+        prompt="" if said is None else text_of(said),
         model=states.model.name,
         calibration=states.model.calibration,
         source=source,
@@ -338,8 +345,19 @@ def attribute_captured(
     )
 
 
+def _captured_prompt(image: Any, prompt: Any) -> tuple[tuple[Visual, ...], Prompt | None]:
+    """Pictures and prompt of a captured `generate`, of which neither need be given."""
+    if prompt is None or (image is None and isinstance(prompt, str)):
+        return () if image is None else read_visuals(image), prompt
+    if image is None:  # messages may tell what was said and not hold the pictures
+        chat = prompt if isinstance(prompt, Chat) else Chat(tuple(prompt))
+        if not any(part.get(part["type"]) is not None for part in chat.parts if part["type"] in PICTURES):
+            return (), chat
+    return read_prompt(image, prompt)
+
+
 def read_states(
-    model: Model, images: Sequence[Visual], prompt: str, response_ids: Tensor, *, scale: float = 1.0, layer: int = -1
+    model: Model, images: Sequence[Visual], prompt: Prompt, response_ids: Tensor, *, scale: float = 1.0, layer: int = -1
 ) -> ScaleStates:
     """Encode and replay once: the states of one scale and layer."""
     from fastattr import adapters
@@ -350,7 +368,7 @@ def read_states(
 def explain_readings(
     model: Model,
     visuals: Sequence[Visual],
-    prompt: str,
+    prompt: Prompt,
     readings: Sequence[ScaleStates],
     config: AttributionConfig,
     *,
@@ -377,7 +395,7 @@ def weigh_maps(maps: TokenMaps, falls: Sequence[Tensor]) -> TokenMaps:
 
 
 def regional_evidence(
-    model: Model, visuals: Sequence[Visual], prompt: str, reading: ScaleStates, n: int
+    model: Model, visuals: Sequence[Visual], prompt: Prompt, reading: ScaleStates, n: int
 ) -> tuple[Tensor, ...]:
     """What every target falls by as windows of each image are hidden, the other images left as they are.
 
@@ -406,7 +424,7 @@ def regional_evidence(
 def _blanked(
     model: Model,
     visuals: Sequence[Sequence[Visual]],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     responses: Sequence[Tensor],
     config: AttributionConfig,
 ) -> list[Tensor]:
@@ -490,13 +508,26 @@ def _version(name: str) -> str:
 
 
 def notes_of(
-    maps: TokenMaps, config: AttributionConfig, visuals: Sequence[Visual], targets: Sequence[int] | None = None
+    maps: TokenMaps,
+    layout: TokenLayout,
+    config: AttributionConfig,
+    visuals: Sequence[Visual],
+    targets: Sequence[int] | None = None,
+    *,
+    takes_videos: bool = False,
 ) -> tuple[str, ...]:
     notes = []
     if targets is not None:
         notes.append(f"{len(targets)} of {len(maps.log_prob)} tokens were asked for; the others have no map")
-    if any(len(visual.frames) > 1 for visual in visuals):
+    shown = list(zip(visuals, layout.images, strict=True)) if visuals else []
+    films = [(len(visual.frames), group.grid[0]) for visual, group in shown if len(visual.frames) > 1]
+    if films and not takes_videos:
         notes.append("videos were shown to the model as their frames, one image each")
+    notes += [f"a video of {frames} frames is read in {steps} time steps" for frames, steps in films if steps < frames]
+    for i, group in enumerate(layout.images, start=1):
+        if len(group.views) > 1:
+            which = "the picture" if len(layout.images) == 1 else f"picture {i}"
+            notes.append(f"the model reads {which} in {len(group.views)} views, tiles and the whole, put together here")
     for s, scale in enumerate(config.scales):
         low = int((maps.agreement[:, s] < LOW_AGREEMENT).sum())
         if low:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fastattr import ops
 from fastattr.arc import rank
+from fastattr.chat import Chat, Messages, Prompt, read_prompt, text_of
 from fastattr.errors import InputError
-from fastattr.images import ImageLike, Visual, read_visuals
+from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
 from fastattr.method import Block, Shared, explain_block
 from fastattr.msea import base_scale, common_grids, scale_weights
@@ -85,7 +86,7 @@ class TokenStream:
 def stream(
     model: Model,
     image: ImageLike | Sequence[ImageLike],
-    prompt: str,
+    prompt: str | Messages | Chat,
     tokens: Iterable[int] | None = None,
     *,
     config: AttributionConfig | None = None,
@@ -114,7 +115,7 @@ def stream(
         raise InputError(
             f"regions={chosen.regions} and compat={chosen.compat!r} need the whole response; stream without, or use attribute"
         )
-    return Stream(model, read_visuals(image), prompt, tokens, chosen, max_new_tokens)
+    return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
 
 
 class Stream:
@@ -124,7 +125,7 @@ class Stream:
         self,
         model: Model,
         visuals: Sequence[Visual],
-        prompt: str,
+        prompt: Prompt,
         tokens: Iterable[int] | None,
         config: AttributionConfig,
         max_new_tokens: int,
@@ -171,7 +172,7 @@ class Stream:
     def __next__(self) -> Step:
         token_id = int(next(self._tokens))
         check_ids(torch.tensor([token_id]), self._model.head)
-        if token_id == self._model.image_token_id:
+        if token_id in self._model.placeholder_ids:
             raise InputError(f"token {len(self._ids)} is the image placeholder (id {token_id}), which is never said")
         self._feed_last()
         self._ids.append(token_id)
@@ -191,6 +192,7 @@ class Stream:
             return torch.stack([torch.nn.functional.pad(row[0], (0, n_context - row.shape[1])) for row in rows]).cpu()
 
         log_prob = self._log_prob.all
+        readings = self._readings()
         raw_range = torch.cat([each.raw_range for each in found]).cpu()
         relevances = [each.relevance for each in found if each.relevance is not None]
         maps = TokenMaps(
@@ -206,16 +208,18 @@ class Stream:
         )
         return finish(
             maps,
-            self._readings(),
+            readings,
             self._config,
             decode=self._model.decode,
             evidence=torch.tensor(self._evidence) if self._config.evidence else None,
             visuals=self._visuals,
-            prompt=self._prompt,
+            prompt=text_of(self._prompt),
             model=self._model.name,
             calibration=self._model.calibration,
             source="replay",
-            notes=notes_of(maps, self._config, self._visuals),
+            notes=notes_of(
+                maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos
+            ),
         )
 
     # --- one token --------------------------------------------------------------------------------------

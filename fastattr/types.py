@@ -125,32 +125,55 @@ class AttributionConfig:
 
 
 @dataclass(frozen=True)
+class View:
+    """One look at a picture: a tile of it, its thumbnail, or all of it with padding around.
+
+    Attributes:
+        grid: `(h, w)` tokens, row by row.
+        box: what they cover, `(left, top, right, bottom)` as shares of the picture's width and height; beyond 0 and 1
+            is padding.
+    """
+
+    grid: tuple[int, int]
+    box: Box
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        if min(self.grid) < 1 or not (left < right and top < bottom):
+            raise TokenLayoutError(
+                f"a view has grid {self.grid} over the box {self.box}, expected at least 1 x 1 cells, left < right and "
+                "top < bottom"
+            )
+
+
+@dataclass(frozen=True)
 class ImageGroup:
     """The tokens of one image or video.
 
     Attributes:
-        positions: where they stand in `input_ids`, in row-major order of `grid`.
-        grid: `(t, h, w)`; `t` is 1 for an image.
+        positions: where they stand in `input_ids`, in row-major order of `grid`, or of each view after the other.
+        grid: `(t, h, w)` of its map; `t` is 1 for an image.
         extent: the part of the picture the grid covers, `(left, top, right, bottom)` as shares of its
             width and height; less than everything where a processor crops.
+        views: how the tokens lie on the picture where they are not simply the grid, the same at every time step; see
+            `fastattr.views`.
     """
 
     positions: tuple[int, ...]
     grid: Grid
     extent: Box = WHOLE_IMAGE
+    views: tuple[View, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.grid) != 3 or any(side < 1 for side in self.grid):
             raise TokenLayoutError(
                 f"an image group has grid {self.grid}, expected three numbers (t, h, w) of at least 1"
             )
-        expected = math.prod(self.grid)
+        t, h, w = self.grid
+        expected = t * (sum(math.prod(view.grid) for view in self.views) or h * w)
         if len(self.positions) != expected:
-            t, h, w = self.grid
-            raise TokenLayoutError(
-                f"an image group holds {len(self.positions)} positions but its grid (t, h, w) = ({t}, {h}, {w}) "
-                f"needs {expected}"
-            )
+            shown = f"{len(self.views)} views need" if self.views else f"grid (t, h, w) = ({t}, {h}, {w}) needs"
+            raise TokenLayoutError(f"an image group holds {len(self.positions)} positions but its {shown} {expected}")
 
 
 @dataclass(frozen=True)

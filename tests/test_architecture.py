@@ -14,11 +14,13 @@ LEAVES = {"fastattr.errors", "fastattr.types"}
 
 # module or package -> what of ours it may import when it is imported, besides errors and types
 ARROWS: dict[str, set[str]] = {
-    "fastattr": {"fastattr.pipeline", "fastattr.adapters", "fastattr.streaming"},
+    "fastattr": {"fastattr.pipeline", "fastattr.adapters", "fastattr.chat", "fastattr.streaming"},
     "fastattr.__main__": {"fastattr.cli"},
     "fastattr.errors": set(),
     "fastattr.types": set(),
     "fastattr.images": set(),
+    "fastattr.chat": {"fastattr.images"},
+    "fastattr.views": set(),
     "fastattr.regions": set(),
     "fastattr.descriptors": set(),
     "fastattr.text": set(),
@@ -26,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.ops": {"fastattr_kernels"},
     "fastattr.maps": {"fastattr.ops"},
     "fastattr.arc": {"fastattr.ops"},
-    "fastattr.msea": {"fastattr.ops"},
+    "fastattr.msea": {"fastattr.ops", "fastattr.views"},
     "fastattr.compat": {"fastattr.ops", "fastattr.maps", "fastattr.msea"},
     "fastattr.memory": set(),
     "fastattr.method": {
@@ -40,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.pipeline": {
         "fastattr.adapters",
         "fastattr.calibration",
+        "fastattr.chat",
         "fastattr.images",
         "fastattr.maps",
         "fastattr.method",
@@ -52,6 +55,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.streaming": {
         "fastattr.adapters",
         "fastattr.arc",
+        "fastattr.chat",
         "fastattr.images",
         "fastattr.maps",
         "fastattr.method",
@@ -62,10 +66,12 @@ ARROWS: dict[str, set[str]] = {
     },
     "fastattr.adapters": {
         "fastattr.calibration",
+        "fastattr.chat",
         "fastattr.images",
         "fastattr.maps",
         "fastattr.storage",
         "fastattr.text",
+        "fastattr.views",
     },
     "fastattr.selection": {"fastattr.report", "fastattr.text"},
     "fastattr.fields": {"fastattr.selection", "fastattr.text"},
@@ -143,7 +149,7 @@ OUTSIDE = {
     "matplotlib": {"fastattr.evaluate"},
     "pycocotools": {"fastattr.datasets"},
     "inflect": {"fastattr.datasets"},
-    "safetensors": {"fastattr.storage", "fastattr.log"},
+    "safetensors": {"fastattr.storage", "fastattr.adapters", "fastattr.log"},
     "tokenizers": {"fastattr.demo"},
     "pyarrow": {"fastattr.batch", "fastattr.log"},
     "fsspec": {"fastattr.batch", "fastattr.log"},
@@ -151,7 +157,7 @@ OUTSIDE = {
     "duckdb": {"fastattr.log"},
     "opentelemetry": {"fastattr.log", "fastattr.log.recipes"},
     "starlette": {"fastattr.log.dashboard"},
-    "jinja2": {"fastattr.log.dashboard"},
+    "jinja2": {"fastattr.adapters", "fastattr.log.dashboard"},
     "uvicorn": {"fastattr.log.dashboard", "fastattr.log.recipes"},
     "fastapi": {"fastattr.log.recipes"},
     "structlog": {"fastattr.log.recipes"},

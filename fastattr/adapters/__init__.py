@@ -8,7 +8,7 @@ from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
 from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
-from fastattr.adapters.families import FAMILIES, Family
+from fastattr.adapters.families import FAMILIES, Family, Look, Looks, Shown
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
 from fastattr.adapters.states import generate, log_probs_of_images, replay, replay_batch
 
@@ -18,8 +18,11 @@ __all__ = [
     "Decoder",
     "EncodedExample",
     "Family",
+    "Look",
+    "Looks",
     "Model",
     "Rows",
+    "Shown",
     "StateBuffer",
     "capture",
     "captured_reading",

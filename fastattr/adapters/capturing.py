@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from fastattr.adapters.buffer import Pages, StateBuffer
-from fastattr.adapters.encode import encode, group_images, user_text
-from fastattr.adapters.families import extent_of, grids_of
+from fastattr.adapters.encode import encode, group_images, text_positions
+from fastattr.adapters.families import Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import decoder_of, unwrap_peft
 from fastattr.adapters.model import Model
 from fastattr.adapters.states import forward
+from fastattr.chat import Prompt, as_chat
 from fastattr.errors import InputError
 from fastattr.images import Visual
-from fastattr.types import WHOLE_IMAGE, ScaleStates, TokenLayout
+from fastattr.types import ScaleStates, TokenLayout
 
 logger = logging.getLogger("fastattr")
 
@@ -188,7 +189,7 @@ class CapturedStates:
 
 
 def captured_reading(
-    states: CapturedStates, out: Any, *, visuals: Sequence[Visual], prompt: str | None
+    states: CapturedStates, out: Any, *, visuals: Sequence[Visual], prompt: Prompt | None
 ) -> tuple[ScaleStates, str]:
     """States and layout of a captured generation, and where they come from (`capture` or `replay`).
 
@@ -216,18 +217,28 @@ def captured_reading(
             "pass what generate returned, with the prompt in front"
         )
     hidden, source = states.read(sequence)
-    grids = grids_of(model.family, model.config, states.model_inputs)
-    n_frames = sum(len(visual.frames) for visual in visuals)
-    if visuals and n_frames != len(grids):
-        raise InputError(f"image holds {n_frames} images, but generate was given {len(grids)}; pass the same, or none")
-    shown = [(len(v.frames), extent_of(model.family, model.processor, v.size)) for v in visuals]
-    extents = shown or [(1, WHOLE_IMAGE)] * len(grids)
-    groups = group_images(prefill, model, extents, grids)
+    sizes = [visual.size for visual in visuals for _ in visual.frames] or None
+    shown = Shown(model.config, model.processor, states.model_inputs, sizes)
+    videos = video_looks_of(model.family, shown) if model.video_token_id in prefill.tolist() else []
+    images = looks_of(model.family, shown) if model.image_token_id in prefill.tolist() else []
+    counts = [(False, 1)] * len(images) + [(True, 0)] * len(videos)
+    if visuals:
+        counts = [(True, 0) if videos and len(v.frames) > 1 else (False, len(v.frames)) for v in visuals]
+        n_images, n_videos = sum(n for _, n in counts), sum(film for film, _ in counts)
+        if (n_images, n_videos) != (len(images), len(videos)):
+            given = [
+                f"{n} images" + (f" and {m} videos" if videos else "")
+                for n, m in ((n_images, n_videos), (len(images), len(videos)))
+            ]
+            raise InputError(
+                f"image holds {given[0]}, but generate was given {given[1].removesuffix(' images')}; pass the same, or none"
+            )
+    groups = group_images(prefill, model, counts, images, videos)
     if prompt is None:
-        special = {*model.processor.tokenizer.all_special_ids, model.image_token_id}
+        special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
         positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
     else:
-        positions = user_text(model, prompt, prefill)
+        positions = text_positions(model, as_chat(prompt, len(visuals) or len(counts)), prefill)
     return ScaleStates(hidden, sequence, TokenLayout(groups, positions, (start, len(sequence)))), source
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor, nn
 
-from fastattr.adapters.families import extent_of, grids_of
+from fastattr.adapters.families import Look, Looks, Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import unwrap_peft
 from fastattr.adapters.model import Model, accepts
+from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
 from fastattr.images import Visual
 from fastattr.text import decode_tokens
-from fastattr.types import Box, Grid, ImageGroup, TokenLayout
+from fastattr.types import Box, ImageGroup, TokenLayout, View
+from fastattr.views import canvas
 
 MAX_IMAGE_TOKENS = 65_536
 
@@ -47,17 +49,21 @@ class EncodedExample:
         return TokenLayout(self.groups, self.prompt, (start, start + n_response))
 
 
-def encode(model: Model, visuals: Sequence[Visual], prompt: str, *, scale: float = 1.0) -> EncodedExample:
+def encode(model: Model, visuals: Sequence[Visual], prompt: Prompt, *, scale: float = 1.0) -> EncodedExample:
     """`encode_scales` for one scale."""
     return encode_scales(model, visuals, prompt, (scale,))[0]
 
 
 def encode_scales(
-    model: Model, visuals: Sequence[Visual], prompt: str, scales: Sequence[float]
+    model: Model, visuals: Sequence[Visual], prompt: Prompt, scales: Sequence[float]
 ) -> list[EncodedExample]:
     """Render the chat, process the images at every scale, and find every token's role.
 
-    A video is shown as its frames, one image each, and comes back as one group `(t, h, w)`.
+    Where the family or its processor takes no videos, a video is shown as its frames, one image each. Either way it
+    comes back as one group `(t, h, w)`.
+
+    Args:
+        prompt: the user's text with all images before it, or a conversation with them where they stand.
 
     Raises:
         InputError: the prompt is empty or holds an image placeholder, or the processor has no chat template.
@@ -65,41 +71,65 @@ def encode_scales(
         ScaleError: the images cannot be shown at this scale.
         TokenLayoutError: the processor's tokens do not fit its grids.
     """
-    if not prompt.strip():
-        raise InputError(
-            f"the prompt is {prompt!r}, expected some text: it is the context the response is read against"
-        )
-    if bool((_tokenise(model, prompt) == model.image_token_id).any()):
-        raise InputError(
-            f"the prompt {prompt!r} holds the image placeholder, which the chat template writes for every image by itself; "
-            "expected text only"
-        )
-    frames = [frame for visual in visuals for frame in visual.frames]
-    content = [{"type": "image"}] * len(frames) + [{"type": "text", "text": prompt}]
-    text = _render(model, content)
-    base = _process(model, text, frames)  # also what the other scales are relative to
-    processed = [base if scale == 1.0 else _process_scaled(model, text, frames, base[1], scale) for scale in scales]
-    return [
-        _example(model, visuals, prompt, inputs, grids, scale)
-        for (inputs, grids), scale in zip(processed, scales, strict=True)
+    chat = as_chat(prompt, len(visuals))
+    for text in chat.texts:
+        if bool(torch.isin(_tokenise(model, text), torch.tensor(model.placeholder_ids)).any()):
+            raise InputError(
+                f"the prompt {text!r} holds the image placeholder, which the chat template writes for every image by "
+                "itself; expected text only"
+            )
+    pictures = tuple(_Picture(visual, _is_film(model, visual)) for visual in visuals)
+    text = _render(model, chat, pictures)
+    base = _process(model, text, pictures)  # also what the other scales are relative to
+    processed = [
+        base if scale == 1.0 else _process_scaled(model, text, pictures, base.looks, scale) for scale in scales
     ]
+    return [_example(model, pictures, chat, each, scale) for each, scale in zip(processed, scales, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """An image or video, and how it is shown.
+
+    Attributes:
+        film: as a video; otherwise every frame is an image.
+    """
+
+    visual: Visual
+    film: bool
+
+    @property
+    def n_images(self) -> int:
+        return 0 if self.film else len(self.visual.frames)
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """What a processor made of pictures.
+
+    Attributes:
+        inputs: what the model takes, with as many placeholders as the pictures have tokens.
+        looks: at every image (a frame that is shown as one) and at every video.
+    """
+
+    inputs: dict[str, Tensor]
+    looks: tuple[list[Looks], list[Looks]]
+
+
+def _is_film(model: Model, visual: Visual) -> bool:
+    return len(visual.frames) > 1 and model.takes_videos
 
 
 def _example(
-    model: Model,
-    visuals: Sequence[Visual],
-    prompt: str,
-    inputs: Mapping[str, Tensor],
-    grids: Sequence[Grid],
-    scale: float,
+    model: Model, pictures: Sequence[_Picture], chat: Chat, processed: _Processed, scale: float
 ) -> EncodedExample:
-    input_ids = inputs["input_ids"][0].to(model.device)
-    extents = [(len(visual.frames), extent_of(model.family, model.processor, visual.size)) for visual in visuals]
-    groups = group_images(input_ids, model, extents, grids)
-    positions = user_text(model, prompt, input_ids)
+    input_ids = processed.inputs["input_ids"][0].to(model.device)
+    counts = [(picture.film, picture.n_images) for picture in pictures]
+    groups = group_images(input_ids, model, counts, *processed.looks)
+    positions = text_positions(model, chat, input_ids)
     model_inputs = {
         name: value.to(model.device, model.hf_model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
+        for name, value in processed.inputs.items()
         if name not in ("input_ids", "attention_mask")  # one unpadded sequence needs no mask
     }
     return EncodedExample(input_ids, model_inputs, groups, positions, scale)
@@ -134,9 +164,10 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
         raise InputError(
             f"the response holds ids {wrong[:5].tolist()}, expected 0 to {vocab - 1}, the model's vocabulary"
         )
-    if bool((ids == model.image_token_id).any()):
+    held = [placeholder for placeholder in model.placeholder_ids if bool((ids == placeholder).any())]
+    if held:
         raise InputError(
-            f"the response holds the image placeholder (id {model.image_token_id}), which stands for an image and is "
+            f"the response holds the image placeholder (id {held[0]}), which stands for an image and is "
             "never said; expected text tokens only"
         )
     return ids.to(model.device)
@@ -186,12 +217,27 @@ def _per_token(name: str) -> bool:
     return name.endswith("token_type_ids")
 
 
-def _render(model: Model, content: list[dict[str, str]]) -> str:
-    """The chat in which the user says `content` and the model is about to answer."""
-    messages = [{"role": "user", "content": content}]
+def _render(model: Model, chat: Chat, pictures: Sequence[_Picture]) -> str:
+    """The conversation as text, with a placeholder for every picture, where the model is about to answer."""
+    left = iter(pictures)
+
+    def parts(content: Any) -> Any:
+        if content is None or isinstance(content, str):
+            return content
+        shown: list[dict[str, str]] = []
+        for part in content:
+            if part["type"] == "text":
+                shown.append({"type": "text", "text": part["text"]})
+            else:
+                picture = next(left)
+                shown += [{"type": "video"}] if picture.film else [{"type": "image"}] * picture.n_images
+        return shown
+
+    messages = [{**message, "content": parts(message.get("content"))} for message in chat.messages]
+    options = {"tools": list(chat.tools)} if chat.tools else {}
     try:
-        return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except ValueError as error:
+        return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
+    except (ValueError, TypeError, TemplateError) as error:
         raise InputError(f"{type(model.processor).__name__} cannot render the chat: {error}") from error
 
 
@@ -204,16 +250,20 @@ def _tokenise(model: Model, text: str) -> Tensor:
 # --- images at a scale -----------------------------------------------------------------------------
 
 
-def _process(
-    model: Model, text: str, frames: Sequence[Image.Image], **options: Any
-) -> tuple[dict[str, Tensor], list[Grid]]:
-    """Call the processor; returns its inputs, with as many placeholders as the images have tokens, and the grids."""
+def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: Any) -> _Processed:
+    """Call the processor, give every look as many placeholders as it has tokens, and read how they lie."""
+    frames = [frame for picture in pictures if not picture.film for frame in picture.visual.frames]
+    films = [list(picture.visual.frames) for picture in pictures if picture.film]
     chosen = {**(model.family.always or {}), **options}
     chosen = {name: value for name, value in chosen.items() if accepts(model.processor.__call__, name)}
+    if films:
+        chosen["videos"] = films
+    if frames or not films:
+        chosen["images"] = frames
     try:
-        produced = model.processor(text=[text], images=list(frames), return_tensors="pt", **chosen)
+        produced = model.processor(text=[text], return_tensors="pt", **chosen)
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
-        sizes = [f"{frame.width} x {frame.height}" for frame in frames]
+        sizes = [f"{frame.width} x {frame.height}" for picture in pictures for frame in picture.visual.frames]
         raise ImageError(
             f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}"
         ) from error
@@ -223,13 +273,20 @@ def _process(
             f"{type(model.processor).__name__} returned {', '.join(produced) or 'nothing'}, expected input_ids and what "
             "the model takes of an image, as tensors"
         )
-    grids = grids_of(model.family, model.config, inputs)
+    images = [picture.visual.size for picture in pictures for _ in range(picture.n_images)]
+    videos = [picture.visual.size for picture in pictures if picture.film]
+    looks = (
+        looks_of(model.family, Shown(model.config, model.processor, inputs, images)) if images else [],
+        video_looks_of(model.family, Shown(model.config, model.processor, inputs, videos)) if videos else [],
+    )
     _drop_repeated_bos(inputs, model.processor.tokenizer)
-    _fit_placeholders(inputs, model.image_token_id, [math.prod(grid) for grid in grids])
+    if images:
+        _fit_placeholders(inputs, model.image_token_id, [look.n_placeholders for each in looks[0] for look in each])
     kind = model.family.token_types
     if kind in inspect.signature(unwrap_peft(model.hf_model).forward).parameters:  # older transformers find out
-        inputs[kind] = (inputs["input_ids"] == model.image_token_id).long()
-    return inputs, grids
+        marks = [(inputs["input_ids"] == id).long() * n for n, id in enumerate(model.placeholder_ids, start=1)]
+        inputs[kind] = torch.stack(marks).sum(dim=0)
+    return _Processed(inputs, looks)
 
 
 def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:
@@ -241,41 +298,55 @@ def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:
 
 
 def _process_scaled(
-    model: Model, text: str, frames: Sequence[Image.Image], base: Sequence[Grid], scale: float
-) -> tuple[dict[str, Tensor], list[Grid]]:
-    """Show every image with `scale` times the base grid, from its own pixels, and check that it came out so."""
+    model: Model, text: str, pictures: Sequence[_Picture], base: tuple[list[Looks], list[Looks]], scale: float
+) -> _Processed:
+    """Show every picture with `scale` times its looks, from its own pixels, and check that it came out so."""
+    every = [look for of_kind in base for looks in of_kind for look in looks]
     if model.family.enlarge is None:
         raise ScaleError(
-            f"{model.name} ({model.family.name}) always uses {math.prod(base[0])} tokens an image, so scale {scale:g} cannot "
-            "be shown to it; use scales=(1.0,)"
+            f"{model.name} ({model.family.name}) always uses {every[0].n_placeholders} tokens an image, so scale {scale:g} "
+            "cannot be shown to it; use scales=(1.0,)"
         )
     cell = model.family.cell(model.config)
-    wanted = [(max(1, round(h * scale)), max(1, round(w * scale))) for _, h, w in base]
-    if sum(h * w for h, w in wanted) > MAX_IMAGE_TOKENS:
+    wanted = [_scaled(look, scale) for look in every]
+    n_tokens = sum(t * h * w for look in every for t, (h, w) in [(look.grid[0], _scaled(look, scale))])
+    if n_tokens > MAX_IMAGE_TOKENS:
         raise ScaleError(
-            f"scale {scale:g} needs {sum(h * w for h, w in wanted)} image tokens, expected at most {MAX_IMAGE_TOKENS}; "
-            "use a smaller scale or image"
+            f"scale {scale:g} needs {n_tokens} image tokens, expected at most {MAX_IMAGE_TOKENS}; use a smaller scale or "
+            "image"
         )
-    resized = [_resize(frame, h * cell, w * cell, model) for frame, (h, w) in zip(frames, wanted, strict=True)]
+    images, films = iter(base[0]), iter(base[1])
+    resized = []
+    for picture in pictures:
+        looks = [next(films)] if picture.film else [next(images) for _ in picture.visual.frames]
+        height, width = (length * cell for length in _scaled(looks[0][0], scale))
+        resized.append(
+            replace(picture, visual=_resize(picture.visual, height, width)) if model.family.resized else picture
+        )
     size = (max(h for h, _ in wanted) * cell, max(w for _, w in wanted) * cell)
     attempts: list[dict[str, Any]] = [{}]
     if accepts(model.processor.__call__, "size"):
-        attempts.append(model.family.enlarge(model.processor, size))
-    grids: list[Grid] = []
+        attempts.append(model.family.enlarge(model.processor, size, scale))
+    came: list[tuple[int, int]] = []
     for options in attempts:
-        inputs, grids = _process(model, text, resized, **options)
-        if [grid[1:] for grid in grids] == wanted:
-            return inputs, grids
+        processed = _process(model, text, resized, **options)
+        came = [look.grid[1:] for of_kind in processed.looks for looks in of_kind for look in looks]
+        if came == wanted:
+            return processed
     raise ScaleError(
-        f"{type(model.processor).__name__} turns images into grids {[g[1:] for g in grids]} where scale {scale:g} asks for "
+        f"{type(model.processor).__name__} turns images into grids {came} where scale {scale:g} asks for "
         f"{wanted}: it limits the image size; use smaller scales, or raise the limit in the processor"
     )
 
 
-def _resize(frame: Image.Image, height: int, width: int, model: Model) -> Image.Image:
-    if model.family.crops:  # the processor resizes the shorter side and keeps the centre
-        return frame
-    return frame.resize((width, height), Image.Resampling.BICUBIC)
+def _scaled(look: Look, scale: float) -> tuple[int, int]:
+    """`(h, w)` of a look, `scale` times as fine."""
+    _, h, w = look.grid
+    return max(1, round(h * scale)), max(1, round(w * scale))
+
+
+def _resize(visual: Visual, height: int, width: int) -> Visual:
+    return Visual(tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in visual.frames))
 
 
 # --- roles of tokens -------------------------------------------------------------------------------
@@ -305,62 +376,137 @@ def _fit_placeholders(inputs: dict[str, Tensor], image_token_id: int, counts: Se
 
 
 def group_images(
-    input_ids: Tensor, model: Model, visuals: Sequence[tuple[int, Box]], grids: Sequence[Grid]
+    input_ids: Tensor,
+    model: Model,
+    counts: Sequence[tuple[bool, int]],
+    images: Sequence[Looks],
+    videos: Sequence[Looks],
 ) -> tuple[ImageGroup, ...]:
     """Positions, grid and extent of every image or video.
 
     Args:
         input_ids: int `[seq]`.
-        visuals: number of frames and covered extent of each image or video.
-        grids: of every frame, in order.
+        counts: for each image or video whether it is shown as a video, else as how many images.
+        images, videos: the looks at each, in order.
 
     Raises:
-        TokenLayoutError: placeholders, grids and images do not fit together.
+        TokenLayoutError: placeholders, looks and pictures do not fit together.
     """
-    positions = (input_ids == model.image_token_id).nonzero().flatten().tolist()
-    n_frames = sum(frames for frames, _ in visuals)
-    if len(grids) != n_frames:
+    n_images, n_videos = sum(n for film, n in counts if not film), sum(film for film, _ in counts)
+    if (len(images), len(videos)) != (n_images, n_videos):
         raise TokenLayoutError(
-            f"{type(model.processor).__name__} made {len(grids)} grids of {n_frames} images: it cuts images into tiles, which is "
-            "not supported; turn the splitting off in the processor"
+            f"{type(model.processor).__name__} made {len(images)} images and {len(videos)} videos of {n_images} and "
+            f"{n_videos}: it cuts or drops pictures in a way that {model.family.name} is not known for; turn that off in "
+            "the processor"
         )
-    needed = sum(math.prod(grid) for grid in grids)
-    if len(positions) != needed:
-        raise TokenLayoutError(
-            f"input_ids holds {len(positions)} image tokens (id {model.image_token_id}) but the grids {list(grids)} need {needed}"
-        )
-    groups, frame, start = [], 0, 0
-    for frames, extent in visuals:
-        mine = grids[frame : frame + frames]
-        stop = start + sum(math.prod(grid) for grid in mine)
-        grid = (sum(t for t, _, _ in mine), mine[0][1], mine[0][2])
-        groups.append(ImageGroup(tuple(positions[start:stop]), grid, extent))
-        frame, start = frame + frames, stop
+    seen = _runs(input_ids, model.image_token_id, images)
+    watched = _runs(input_ids, model.video_token_id, videos)
+    groups = []
+    for film, n in counts:
+        frames = [next(watched)] if film else [next(seen) for _ in range(n)]
+        groups.append(_group(frames))
     return tuple(groups)
 
 
-def user_text(model: Model, prompt: str, input_ids: Tensor) -> tuple[int, ...]:
-    """Positions of the tokens that write `prompt`, by the characters each token decodes to; its last occurrence counts.
+def _runs(input_ids: Tensor, token_id: int | None, pictures: Sequence[Looks]) -> Iterator[tuple[Looks, list[int]]]:
+    """For each picture its looks and the positions of their cells."""
+    places = [] if token_id is None else (input_ids == token_id).nonzero().flatten().tolist()
+    needed = sum(look.n_placeholders for looks in pictures for look in looks)
+    if len(places) != needed:
+        grids = [look.grid for looks in pictures for look in looks]
+        raise TokenLayoutError(
+            f"input_ids holds {len(places)} image tokens (id {token_id}) but the grids {grids} need {needed}"
+        )
+    start = 0
+    found = []
+    for looks in pictures:
+        cells: list[int] = []
+        for look in looks:
+            cells += look.cells(places[start : start + look.n_placeholders])
+            start += look.n_placeholders
+        found.append((looks, cells))
+    return iter(found)
+
+
+def _group(frames: Sequence[tuple[Looks, list[int]]]) -> ImageGroup:
+    """One image, or one video whose frames are all looked at alike."""
+    looks = frames[0][0]
+    positions = tuple(position for _, cells in frames for position in cells)
+    t = sum(each[0].grid[0] for each, _ in frames)
+    if len(looks) == 1 and _inside(looks[0].box):
+        return ImageGroup(positions, (t, *looks[0].grid[1:]), looks[0].box)
+    views = tuple(View(look.grid[1:], look.box) for look in looks)
+    (_, h, w), extent = canvas(views)
+    return ImageGroup(positions, (t, h, w), extent, views)
+
+
+def _inside(box: Box) -> bool:
+    return all(0 <= edge <= 1 for edge in box)
+
+
+def text_positions(model: Model, chat: Chat, input_ids: Tensor) -> tuple[int, ...]:
+    """Positions of the tokens that write what was said, by the characters each token decodes to.
+
+    The same words of the chat template do not count: texts are looked for from the last to the first, each directly
+    before what the template writes behind it.
 
     Raises:
-        TokenLayoutError: the prompt is not in the text, for example because the chat template rewrites it.
+        TokenLayoutError: a text is not in what the model reads, for example because the chat template rewrites it.
     """
-    kept = (input_ids != model.image_token_id).nonzero().flatten().tolist()
+    kept: list[int] = (
+        (~torch.isin(input_ids, torch.tensor(model.placeholder_ids, device=input_ids.device)))
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
     decoded = decode_tokens(input_ids[kept].tolist(), model.decode)
-    shown = prompt.strip()
-    first = decoded.text.rfind(shown, 0, len(decoded.text.removesuffix(_closing(model))))
-    if first < 0:
-        raise TokenLayoutError(
-            f"the prompt {shown!r} is not in the text the model reads, {decoded.text!r}, so its tokens cannot be found"
-        )
-    last = first + len(shown)
-    return tuple(kept[i] for i, (start, stop) in enumerate(decoded.spans) if start < last and stop > first)
+    found: list[tuple[int, int]] = []
+    stop = len(decoded.text)
+    for text, behind in reversed(list(zip(chat.texts, _written_behind(model, chat), strict=True))):
+        shown = text.strip()
+        if not shown:
+            continue
+        first = decoded.text.rfind(shown + behind, 0, stop) if behind else -1
+        if first < 0:  # a tokenizer that does not give back every space
+            first = decoded.text.rfind(shown, 0, len(decoded.text[:stop].removesuffix(behind)))
+        if first < 0:
+            raise TokenLayoutError(
+                f"the prompt {shown!r} is not in the text the model reads, {decoded.text!r}, so its tokens cannot be found"
+            )
+        found.append((first, first + len(shown)))
+        stop = first
+    return tuple(
+        kept[i]
+        for i, (start, end) in enumerate(decoded.spans)
+        if any(start < last and end > first for first, last in found)
+    )
 
 
-def _closing(model: Model) -> str:
-    """What the chat template writes after the user's text, where a prompt like "assistant" must not be looked for."""
-    probe = "\N{ASTERISM}"
+def _written_behind(model: Model, chat: Chat) -> list[str]:
+    """For each text what the chat template writes directly behind it, up to the next text or picture."""
+    pictures = [_Picture(_NOTHING, False)] * chat.n_pictures
+    left = iter(range(len(chat.texts)))
+
+    def marked(content: Any) -> Any:
+        if content is None:
+            return None
+        if isinstance(content, str):
+            return _mark(next(left))
+        return [{"type": "text", "text": _mark(next(left))} if each["type"] == "text" else each for each in content]
+
+    probe = Chat(tuple({**each, "content": marked(each.get("content"))} for each in chat.messages), chat.tools)
     try:
-        return _render(model, [{"type": "text", "text": probe}]).rpartition(probe)[2]
+        rendered = _render(model, probe, pictures)
     except InputError:  # no template: a captured chat was written by hand
-        return ""
+        return [""] * len(chat.texts)
+    pieces = [rendered.partition(_mark(i))[2] for i in range(len(chat.texts))]
+    edges = (_MARK, *model.placeholders)
+    return [min((piece.partition(edge)[0] for edge in edges), key=len) for piece in pieces]
+
+
+_NOTHING = Visual((Image.new("RGB", (1, 1)),))
+_MARK = "\N{ASTERISM}"
+
+
+def _mark(index: int) -> str:
+    return f"{_MARK}{index}{_MARK}"

@@ -53,6 +53,27 @@ class Model:
     def image_token_id(self) -> int:
         return int(self.config.image_token_id)
 
+    @property
+    def video_token_id(self) -> int | None:
+        found = getattr(self.config, "video_token_id", None)
+        return None if found is None else int(found)
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """Ids that stand for pictures and are never said: of images, then of videos."""
+        return [self.image_token_id] + ([] if self.video_token_id is None else [self.video_token_id])
+
+    @property
+    def placeholders(self) -> list[str]:
+        """What stands for pictures in a rendered chat."""
+        return self.decode([[id] for id in self.placeholder_ids])
+
+    @property
+    def takes_videos(self) -> bool:
+        """Whether a video is shown as one; otherwise as its frames."""
+        named = inspect.signature(self.processor.__call__).parameters
+        return self.family.watch is not None and "videos" in named
+
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of ids, special tokens kept."""
         wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

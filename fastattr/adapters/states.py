@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastattr.adapters.encode import EncodedExample, alike, along, collate, encode, stackable
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output
 from fastattr.adapters.model import Model
+from fastattr.chat import Prompt
 from fastattr.errors import InputError, StatesError
 from fastattr.images import Visual
 from fastattr.maps import log_probs
@@ -28,7 +29,7 @@ def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> T
     inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     # padding rows of the output embeddings and the placeholder of images are no text
-    never = [model.image_token_id, *range(model.head.vocab, len(model.head.weight))]
+    never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
     sequence = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=never)[
         0
     ]
@@ -97,7 +98,7 @@ def _forward_ragged(
 
 
 def log_probs_of_images(
-    model: Model, variants: Iterable[Sequence[Visual]], prompt: str, response_ids: Tensor, batch_size: int = 4
+    model: Model, variants: Iterable[Sequence[Visual]], prompt: Prompt, response_ids: Tensor, batch_size: int = 4
 ) -> Tensor:
     """Log-probabilities of one response to one prompt for many variants of the images.
 

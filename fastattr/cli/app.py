@@ -141,7 +141,7 @@ def models(as_json: Json = False) -> None:
             "model_type": kind,
             "family": family.name,
             "scales": "any" if family.enlarge else "1 only",
-            "picture": "centre crop" if family.crops else "whole",
+            "picture": "tiles" if family.tiles else "whole" if family.resized else "square",
         }
         for kind, family in FAMILIES.items()
     ]

@@ -297,7 +297,9 @@ def test_a_processor_that_cuts_tiles_is_refused() -> None:
         "<IMG_CONTEXT>",
         lambda seen, _: "<IMG_CONTEXT>" * 16 * len(seen["pixel_values"]),
     )
-    with pytest.raises(fastattr.TokenLayoutError, match="made 4 grids of 1 images: it cuts images into tiles"):
+    with pytest.raises(
+        fastattr.TokenLayoutError, match="made 4 images and 0 videos of 1 and 0: it cuts or drops pictures"
+    ):
         fastattr.attribute(fastattr.wrap(held.hf_model, duck), picture(60, 180), PROMPT, ANSWER, scales=(1.0,))
 
 

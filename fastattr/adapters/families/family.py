@@ -1,0 +1,174 @@
+"""What differs between model families: how image tokens lie on the picture, and how to show it larger.
+
+A family is a few facts. `look` reads from what the processor made where the tokens of every image lie on its picture;
+`watch` does it for videos. `cell` is the side in pixels of the square one image token covers, and `enlarge` gives the
+processor options that show pictures at another size for one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastattr.errors import TokenLayoutError
+from fastattr.types import WHOLE_IMAGE, Box, Grid
+
+Config = Any  # a transformers configuration
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look of the model at a picture, as its placeholders stand in the text: all of it, or a tile.
+
+    Attributes:
+        grid: `(t, h, w)` tokens, in reading order.
+        box: what they cover, `(left, top, right, bottom)` as shares of the picture; beyond 0 and 1 is padding.
+        row_end: placeholders behind each row that show nothing (line breaks of the picture).
+        end: placeholders behind the last row that show nothing.
+    """
+
+    grid: Grid
+    box: Box = WHOLE_IMAGE
+    row_end: int = 0
+    end: int = 0
+
+    @property
+    def n_placeholders(self) -> int:
+        t, h, w = self.grid
+        return t * h * (w + self.row_end) + self.end
+
+    def cells(self, placeholders: Sequence[int]) -> list[int]:
+        """Those of its placeholders that show something, in row-major order."""
+        t, h, w = self.grid
+        line = w + self.row_end
+        return [placeholders[row * line + column] for row in range(t * h) for column in range(w)]
+
+
+Looks = tuple[Look, ...]  # at one picture, in the order of the text
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a family may read to find the tokens of pictures.
+
+    Attributes:
+        config: of the model.
+        processor: as it was given.
+        inputs: what the model takes, as tensors.
+        sizes: of the pictures the processor was given, in order; None where nobody knows (a captured `generate`).
+    """
+
+    config: Config
+    processor: Any
+    inputs: Mapping[str, Tensor]
+    sizes: Sequence[Size] | None
+
+    def sizes_for(self, family: str, what: str) -> Sequence[Size]:
+        """The sizes, where they are needed.
+
+        Raises:
+            TokenLayoutError: they are not known.
+        """
+        if self.sizes is None:
+            raise TokenLayoutError(
+                f"{family} {what}, which cannot be told from the model's inputs alone; pass the pictures, image=..."
+            )
+        return self.sizes
+
+
+def fits_any(processor: Any, size: Size, scale: float) -> dict[str, Any]:
+    """No option is needed: the processor takes pictures as they are."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one kind of model sees pictures.
+
+    Attributes:
+        name: what people call it.
+        look: what was shown, to the looks at every image, in order.
+        cell: `config -> pixels`, the side of the square one image token covers.
+        enlarge: `(processor, (height, width), scale) -> options` for showing pictures at `scale` times their size by
+            default, which makes the largest one `height x width`; None if the number of tokens is fixed.
+        watch: what was shown, to the looks at every video; None where videos are shown as their frames, one image each.
+        always: processor options used at every scale.
+        resized: pictures are given to the processor at the size of their grid. Not where it cuts or crops them.
+        interpolates: the vision tower must be told to interpolate its position embeddings.
+        token_types: the name of the model input that marks image tokens, where the model needs it.
+        tiles: large pictures are read in tiles.
+    """
+
+    name: str
+    look: Callable[[Shown], list[Looks]]
+    cell: Callable[[Config], int]
+    enlarge: Callable[[Any, Size, float], dict[str, Any]] | None
+    watch: Callable[[Shown], list[Looks]] | None = None
+    always: Mapping[str, Any] | None = None
+    resized: bool = True
+    interpolates: bool = False
+    token_types: str | None = None
+    tiles: bool = False
+
+
+def looks_of(family: Family, shown: Shown) -> list[Looks]:
+    """The looks at every image, in order.
+
+    Raises:
+        TokenLayoutError: the inputs lack what they are read from.
+    """
+    return _read(family.look, family, shown)
+
+
+def video_looks_of(family: Family, shown: Shown) -> list[Looks]:
+    """The looks at every video, in order.
+
+    Raises:
+        TokenLayoutError: the inputs lack what they are read from.
+    """
+    return [] if family.watch is None else _read(family.watch, family, shown)
+
+
+def _read(look: Callable[[Shown], list[Looks]], family: Family, shown: Shown) -> list[Looks]:
+    try:
+        return look(shown)
+    except KeyError as missing:
+        raise TokenLayoutError(
+            f"{family.name} reads its grids from {missing}, but the model's inputs are {', '.join(shown.inputs) or 'empty'}: "
+            "the processor must return what the model takes, as tensors, and the prompt must show an image"
+        ) from missing
+
+
+# --- facts that many families share ----------------------------------------------------------------------
+
+
+def side(value: Any) -> int:
+    """A patch or image size, which some configurations give as a pair."""
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def patch(config: Config) -> int:
+    return side(config.vision_config.patch_size)
+
+
+def merge(config: Config) -> int:
+    """How many patches a side become one token."""
+    holder = config if hasattr(config, "spatial_merge_size") else config.vision_config
+    return int(getattr(holder, "spatial_merge_size", 1))
+
+
+def merged_patch(config: Config) -> int:
+    return patch(config) * merge(config)
+
+
+def whole(grids: Sequence[Grid]) -> list[Looks]:
+    """Pictures that are each looked at once."""
+    return [(Look(grid),) for grid in grids]
+
+
+def image_half(processor: Any) -> Any:
+    return getattr(processor, "image_processor", None)

@@ -1,0 +1,143 @@
+"""Conversations: several turns, pictures between the words, a system prompt, tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastattr.errors import InputError
+from fastattr.images import Visual, read_visuals
+
+PICTURES = ("image", "video")
+Messages = Sequence[Mapping[str, Any]]  # a conversation as chat templates take it
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation up to where the model answers. The last turn is not the assistant's.
+
+    Attributes:
+        messages: as chat templates take them: mappings with `role` and `content`, which is text or a list of parts
+            `{"type": "text", "text": ...}`, `{"type": "image"}` and `{"type": "video"}`. A part may hold its picture:
+            `{"type": "image", "image": ...}`, `{"type": "video", "video": [frame, ...]}`.
+        tools: for the chat template; what it writes of them is no context.
+    """
+
+    messages: Messages
+    tools: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.messages, list | tuple):
+            raise InputError(f"the messages are a {type(self.messages).__name__}, expected a list of mappings")
+        object.__setattr__(self, "messages", tuple(self.messages))
+        object.__setattr__(self, "tools", tuple(self.tools))
+        for message in self.messages:
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InputError(f"a message is {_short(message)}, expected a mapping with a role and content")
+            for part in _parts(message):
+                if not isinstance(part, Mapping) or part.get("type") not in ("text", *PICTURES):
+                    raise InputError(
+                        f"a message of {message['role']!r} holds the part {_short(part)}, expected "
+                        '{"type": "text", "text": ...}, {"type": "image"} or {"type": "video"}'
+                    )
+                if part["type"] == "text" and not isinstance(part.get("text"), str):
+                    raise InputError(f"a message of {message['role']!r} holds a text part without text: {_short(part)}")
+        if not self.messages or self.messages[-1]["role"] == "assistant":
+            raise InputError(
+                "the last message must be what the model answers to, but "
+                + ("there is none" if not self.messages else "it is the assistant's; pass it as response= instead")
+            )
+        if not any(text.strip() for text in self.texts):
+            raise InputError("the messages hold no text, expected some: it is the context the response is read against")
+
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        """Those of all messages, in order; content that is text counts as one part."""
+        return [part for message in self.messages for part in _parts(message)]
+
+    @property
+    def texts(self) -> list[str]:
+        """What everybody said, in order."""
+        return [part["text"] for part in self.parts if part["type"] == "text"]
+
+    @property
+    def text(self) -> str:
+        """All of it, for people."""
+        return "\n".join(text for text in self.texts if text.strip())
+
+    @property
+    def n_pictures(self) -> int:
+        return sum(part["type"] in PICTURES for part in self.parts)
+
+
+Prompt = str | Chat
+
+
+def read_prompt(image: Any, prompt: str | Messages | Chat) -> tuple[tuple[Visual, ...], Prompt]:
+    """Pictures and prompt as they were given, in one form.
+
+    Args:
+        image: see `images.read_visuals`; None where the messages hold the pictures themselves.
+        prompt: the user's text, with all images before it; messages, or a `Chat`, with the images where they stand.
+
+    Raises:
+        InputError: messages are broken, or their pictures are not as many as the images.
+        ImageError: an image is unreadable.
+    """
+    if isinstance(prompt, str):
+        return read_visuals(image), prompt
+    chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
+    held = [part.get(part["type"]) for part in chat.parts if part["type"] in PICTURES]
+    inline = [each for each in held if each is not None]
+    if inline and image is not None:
+        raise InputError(
+            f"the messages hold {len(inline)} pictures and image= was given too; pass them in one of the two ways"
+        )
+    if inline and len(inline) != len(held):
+        raise InputError(
+            f"{len(held) - len(inline)} of {len(held)} picture parts hold no picture; put it into the part"
+        )
+    if not inline and image is None:
+        raise InputError("got no image; pass image=, or put the pictures into the parts of the messages")
+    visuals = read_visuals(inline if inline else image)
+    if len(visuals) != len(held):
+        raise InputError(
+            f"got {len(visuals)} images for messages with {len(held)} image parts, expected one each, in their order"
+        )
+    return visuals, chat
+
+
+def text_of(prompt: Prompt) -> str:
+    """The prompt for people."""
+    return prompt if isinstance(prompt, str) else prompt.text
+
+
+def as_chat(prompt: Prompt, n_pictures: int) -> Chat:
+    """A text prompt as a conversation of one turn, its pictures before it."""
+    if isinstance(prompt, Chat):
+        return prompt
+    if not prompt.strip():
+        raise InputError(
+            f"the prompt is {prompt!r}, expected some text: it is the context the response is read against"
+        )
+    pictures = [{"type": "image"}] * n_pictures
+    return Chat(({"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]},))
+
+
+def _parts(message: Mapping[str, Any]) -> list[Any]:
+    content = message.get("content")
+    if content is None:  # a turn that only calls tools
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise InputError(
+            f"the content of a message of {message['role']!r} is {_short(content)}, expected text or parts"
+        )
+    return list(content)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
