@@ -220,7 +220,7 @@ def captured_reading(
     sizes = [visual.size for visual in visuals for _ in visual.frames] or None
     shown = Shown(model.config, model.processor, states.model_inputs, sizes)
     videos = video_looks_of(model.family, shown) if model.video_token_id in prefill.tolist() else []
-    images = looks_of(model.family, shown) if model.image_token_id in prefill.tolist() else []
+    images = looks_of(model.family, shown) if model.image_token_id in prefill.tolist() or not videos else []
     counts = [(False, 1)] * len(images) + [(True, 0)] * len(videos)
     if visuals:
         counts = [(True, 0) if videos and len(v.frames) > 1 else (False, len(v.frames)) for v in visuals]

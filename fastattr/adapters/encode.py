@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor, nn
 
-from fastattr.adapters.families import Look, Looks, Shown, looks_of, video_looks_of
+from fastattr.adapters.families import Family, Look, Looks, Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import unwrap_peft
 from fastattr.adapters.model import Model, accepts
 from fastattr.chat import Chat, Prompt, as_chat
@@ -319,10 +319,7 @@ def _process_scaled(
     resized = []
     for picture in pictures:
         looks = [next(films)] if picture.film else [next(images) for _ in picture.visual.frames]
-        height, width = (length * cell for length in _scaled(looks[0][0], scale))
-        resized.append(
-            replace(picture, visual=_resize(picture.visual, height, width)) if model.family.resized else picture
-        )
+        resized.append(replace(picture, visual=_resize(model.family, picture.visual, looks[0][0], cell, scale)))
     size = (max(h for h, _ in wanted) * cell, max(w for _, w in wanted) * cell)
     attempts: list[dict[str, Any]] = [{}]
     if accepts(model.processor.__call__, "size"):
@@ -345,7 +342,15 @@ def _scaled(look: Look, scale: float) -> tuple[int, int]:
     return max(1, round(h * scale)), max(1, round(w * scale))
 
 
-def _resize(visual: Visual, height: int, width: int) -> Visual:
+def _resize(family: Family, visual: Visual, look: Look, cell: int, scale: float) -> Visual:
+    """The picture as the processor is given it: the size of its grid, `scale` times its own where it is cut into tiles (so
+    that it is cut alike), or as it is where the processor crops or squeezes it."""
+    if family.resized:
+        height, width = (length * cell for length in _scaled(look, scale))
+    elif family.tiles:
+        height, width = (max(1, round(length * scale)) for length in visual.size)
+    else:
+        return visual
     return Visual(tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in visual.frames))
 
 

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastattr.errors import InputError, UnsupportedModelError
 
 
 def unwrap_peft(hf_model: nn.Module) -> Any:
-    """The model inside a PEFT wrapper (its layers stay adapted), or the model itself."""
-    inner = getattr(hf_model, "get_base_model", None)
-    return inner() if callable(inner) else hf_model
+    """The model inside wrappers of PEFT (its layers stay adapted) and `torch.compile`, or the model itself."""
+    model: Any = hf_model
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # a compiled wrapper
+            model = inner
+        elif callable(get_base_model := getattr(model, "get_base_model", None)):
+            model = get_base_model()
+        else:
+            return model
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the inputs of a module belong: its weights' device, or where accelerate will bring them when it runs.
+
+    Raises:
+        UnsupportedModelError: its weights are nowhere.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):  # accelerate may have chained several
+        execution_device = getattr(each, "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
+    held = next(chain(module.parameters(), module.buffers()), None)  # some quantised layers hold buffers alone
+    if held is None or held.is_meta:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no weights (device {held.device if held is not None else 'none'}), and no hook "
+            "of accelerate that brings them; load the weights, or dispatch the model with accelerate"
+        )
+    return held.device
 
 
 def decoder_of(hf_model: nn.Module) -> nn.Module:
@@ -64,7 +95,10 @@ def layer_modules(hf_model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module
 
 @contextmanager
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone."""
+    """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone.
+
+    Compiled modules run as they are written meanwhile.
+    """
     seen: list[Tensor] = []
     here = get_ident()
 
@@ -75,7 +109,8 @@ def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
     handle = module.register_forward_hook(keep)
     try:
-        yield seen
+        with _nothing_compiled():
+            yield seen
     finally:
         handle.remove()
 
@@ -103,3 +138,41 @@ def interpolated_positions(hf_model: nn.Module, needed: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------
+
+_eager: list[Any] = []  # the stance that was taken, and one None for every other block that is open
+_eager_lock = threading.Lock()
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Run modules as they are written while the block runs, also those that `torch.compile` has compiled.
+
+    A hook that comes and goes would have a compiled model compiled again each time, and outputs of captured graphs are
+    overwritten by the next run. The stance belongs to the process, so the first block takes it and the last one ends it.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it would take seconds
+        yield
+        return
+    with _eager_lock:
+        _eager.append(None if _eager else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            if len(_eager) > 1:
+                _eager.pop()
+            else:
+                _eager.pop().__exit__(None, None, None)
+
+
+def _after_fork() -> None:
+    """Another thread of the parent may have held it."""
+    global _eager_lock
+    _eager_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

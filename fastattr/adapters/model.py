@@ -13,7 +13,7 @@ from torch import nn
 
 from fastattr.adapters.families import Family, family_of
 from fastattr.adapters.head import read_head
-from fastattr.adapters.hooks import unwrap_peft
+from fastattr.adapters.hooks import device_of, unwrap_peft
 from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
 from fastattr.storage import read_calibration
@@ -47,7 +47,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.hf_model.get_input_embeddings().weight.device
+        return device_of(self.hf_model.get_input_embeddings())
 
     @property
     def image_token_id(self) -> int:

@@ -68,15 +68,17 @@ def replay_batch(
         responses: int `[target]` of each.
     """
     read: list[ScaleStates | None] = [None] * len(encoded)
+    home = model.head.weight.device  # with a device map the last layer may lie elsewhere than the embeddings
     for members in stackable(encoded):
         sequences = [torch.cat([encoded[i].input_ids, responses[i]]) for i in members]
         interpolate = model.family.interpolates and encoded[members[0]].scale != 1.0
         last, chosen = _forward_ragged(model, [encoded[i] for i in members], sequences, layer, interpolate)
+        last, chosen = last.to(home), chosen.to(home)
         for row, i in enumerate(members):
             n = len(sequences[row]) - 1
             read[i] = ScaleStates(
                 chosen[row, :n],
-                sequences[row],
+                sequences[row].to(home),
                 encoded[i].layout(len(responses[i])),
                 encoded[i].scale,
                 last_states=None if chosen is last else last[row, :n],
@@ -130,7 +132,9 @@ def _batch_log_probs(model: Model, examples: Sequence[EncodedExample], response_
     fed = ids[:-1].repeat(len(examples), 1)
     last, _ = forward(model.hf_model, fed, collate(examples, fed.shape[1]), -1, interpolate=False)
     layout = examples[0].layout(len(response_ids))
-    return torch.stack([log_probs(ScaleStates(states, ids, layout), model.head) for states in last]).cpu()
+    home = model.head.weight.device
+    states = [ScaleStates(each.to(home), ids.to(home), layout) for each in last]
+    return torch.stack([log_probs(each, model.head) for each in states]).cpu()
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def model(request: pytest.FixtureRequest) -> fastattr.Model:
 def words(model: fastattr.Model, n: int, seed: int) -> list[int]:
     """Random ids that are text."""
     generator = torch.Generator().manual_seed(seed)
-    allowed = [i for i in range(model.head.vocab) if i != model.image_token_id]
+    allowed = [i for i in range(model.head.vocab) if i not in model.placeholder_ids]
     return [allowed[i] for i in torch.randint(len(allowed), (n,), generator=generator).tolist()]
 
 

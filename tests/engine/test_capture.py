@@ -43,7 +43,7 @@ def prepared(model: fastattr.Model, image: Any = None, prompt: str = PROMPT) -> 
 
 def sampling(model: fastattr.Model) -> dict[str, Any]:
     """Options for a short random answer in words."""
-    never = [model.image_token_id, *range(model.head.vocab, len(model.head.weight))]
+    never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
     return {"max_new_tokens": 6, "do_sample": True, "suppress_tokens": never}
 
 
@@ -190,7 +190,7 @@ def test_an_edited_answer_is_replayed(model: fastattr.Model) -> None:
     with fastattr.capture(model) as states:
         out = model.hf_model.generate(**inputs, **sampling(model))
     edited = out.clone()
-    edited[0, -3] = 5 if edited[0, -3] != 5 else 6
+    edited[0, -3] = 8 if edited[0, -3] != 8 else 9
     why = states.attribute(edited, image=picture(), prompt=PROMPT)
     assert why.source == "replay"
     assert_same(why, explained(model, edited[0], inputs["input_ids"].shape[1]))

@@ -33,7 +33,7 @@ def shapes() -> fastattr.Model:
 
 
 def words(model: fastattr.Model, n: int) -> list[int]:
-    return [i for i in range(model.head.vocab) if i != model.image_token_id][7 : 7 + 3 * n : 3]
+    return [i for i in range(model.head.vocab) if i not in model.placeholder_ids][7 : 7 + 3 * n : 3]
 
 
 def close(ours: fastattr.Attribution, whole: fastattr.Attribution, tolerance: float = 1e-3) -> None:
