@@ -37,7 +37,8 @@ class CapturedStates:
     Attributes:
         model: what was captured.
         model_inputs: what the model was given besides `input_ids`.
-        prompt_ids: `[n]`, what it was given; None until it runs.
+        prompt_ids: `[n]`, what it was given; None until it runs. Of several prompts the first.
+        n_prompts: how many it was given at once.
         fed: ids of every step, `[1 n]` each.
         hidden: states `[n dim]` that were read before, in place of those that hooks would keep; None but for a worker.
     """
@@ -46,6 +47,7 @@ class CapturedStates:
         self.model = model
         self.model_inputs: dict[str, Tensor] = {}
         self.prompt_ids: Tensor | None = None
+        self.n_prompts = 0
         self.fed: list[Tensor] = []
         self.hidden: Tensor | None = None
         self._pages = Pages(buffer)
@@ -93,12 +95,13 @@ class CapturedStates:
             self._ready.record()
 
     def _keep_given(self, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
-        self.prompt_ids = ids[0].detach()
+        self.prompt_ids, self.n_prompts = ids[0].detach(), len(ids)
         self.model_inputs = {
             name: value
             for name, value in kwargs.items()
             if isinstance(value, Tensor)
-            and name not in ("input_ids", "attention_mask", "position_ids", "cache_position")
+            and name not in ("input_ids", "position_ids", "cache_position", "labels")
+            and (name != "attention_mask" or value.ndim == 2)  # which tokens are padding
         }
         self._input_bytes = sum(value.nbytes for value in self.model_inputs.values())
 
@@ -154,7 +157,7 @@ class CapturedStates:
             self.n_states,
             len(sequence) - 1,
         )
-        last, _ = forward(self.model.hf_model, sequence[None, :-1], self.model_inputs, -1, interpolate=False)
+        last, _ = forward(self.model, sequence[None, :-1], self.model_inputs, -1, interpolate=False)
         return last[0], "replay"
 
     def read_blank(self, sequence: Tensor, visuals: Sequence[Visual]) -> Tensor:
@@ -177,9 +180,7 @@ class CapturedStates:
                 f"blank images of the sizes {[visual.size for visual in visuals]} (height, width) make other inputs than "
                 f"generate was given ({held or 'nothing but ids'}); pass the same images, or evidence=False"
             )
-        last, _ = forward(
-            self.model.hf_model, sequence[None, :-1], {**self.model_inputs, **changed}, -1, interpolate=False
-        )
+        last, _ = forward(self.model, sequence[None, :-1], {**self.model_inputs, **changed}, -1, interpolate=False)
         return last[0]
 
     def release(self) -> None:
@@ -209,6 +210,11 @@ def captured_reading(
             f"generate returned sequences {list(sequences.shape)}, expected [1 seq]; explain them one at a time"
         )
     prefill = states.prompt()
+    if states.n_prompts > 1:
+        raise InputError(
+            f"generate was given {states.n_prompts} prompts at once, expected one: their images cannot be told apart; use "
+            "attribute_batch, or capture one prompt at a time"
+        )
     sequence = sequences[0].to(prefill.device)
     start = len(prefill)
     if not torch.equal(sequence[:start], prefill):
@@ -219,7 +225,7 @@ def captured_reading(
     hidden, source = states.read(sequence)
     sizes = [visual.size for visual in visuals for _ in visual.frames] or None
     shown = Shown(model.config, model.processor, states.model_inputs, sizes)
-    videos = video_looks_of(model.family, shown) if model.video_token_id in prefill.tolist() else []
+    videos = video_looks_of(model.family, shown) if model.film_token_id in prefill.tolist() else []
     images = looks_of(model.family, shown) if model.image_token_id in prefill.tolist() or not videos else []
     counts = [(False, 1)] * len(images) + [(True, 0)] * len(videos)
     if visuals:

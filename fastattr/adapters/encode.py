@@ -79,6 +79,12 @@ def encode_scales(
                 "itself; expected text only"
             )
     pictures = tuple(_Picture(visual, _is_film(model, visual)) for visual in visuals)
+    shown = {picture.film for picture in pictures}
+    if len(shown) == 2 and model.film_token_id == model.image_token_id:
+        raise InputError(
+            f"{model.name} ({model.family.name}) writes one placeholder for images and for videos, so that a prompt holds "
+            "either; ask about them apart, or pass the frames of the video as images"
+        )
     text = _render(model, chat, pictures)
     base = _process(model, text, pictures)  # also what the other scales are relative to
     processed = [
@@ -196,25 +202,28 @@ def stackable(examples: Sequence[EncodedExample]) -> list[list[int]]:
     return list(groups.values())
 
 
-def collate(examples: Sequence[EncodedExample], n_tokens: int) -> dict[str, Tensor]:
+def collate(model: Model, examples: Sequence[EncodedExample], n_tokens: int) -> dict[str, Tensor]:
     """The model inputs of examples that are `stackable`, as one batch of sequences of `n_tokens`.
 
     The first axis counts patches (Qwen), images (LLaVA, Pixtral, InternVL, Gemma) or examples (Idefics, token types),
     always in reading order, so all are joined along it.
     """
     return {
-        name: torch.cat([along(name, each.model_inputs[name], n_tokens) for each in examples])
+        name: torch.cat([along(model, name, each.model_inputs[name], n_tokens) for each in examples])
         for name in examples[0].model_inputs
     }
 
 
-def along(name: str, value: Tensor, n_tokens: int) -> Tensor:
-    """A model input as long as the sequence, where it has an entry a token: what follows the prompt is text."""
-    return nn.functional.pad(value, (0, n_tokens - value.shape[1])) if _per_token(name) else value
+def along(model: Model, name: str, value: Tensor, n_tokens: int) -> Tensor:
+    """A model input as long as the sequence, where it has an entry a token: what follows the prompt is the answer."""
+    if not _per_token(name):
+        return value
+    answer = 1 if name == "attention_mask" else model.family.answer_type
+    return nn.functional.pad(value, (0, n_tokens - value.shape[1]), value=answer)
 
 
 def _per_token(name: str) -> bool:
-    return name.endswith("token_type_ids")
+    return name.endswith("token_type_ids") or name == "attention_mask"
 
 
 def _render(model: Model, chat: Chat, pictures: Sequence[_Picture]) -> str:
@@ -254,7 +263,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     """Call the processor, give every look as many placeholders as it has tokens, and read how they lie."""
     frames = [frame for picture in pictures if not picture.film for frame in picture.visual.frames]
     films = [list(picture.visual.frames) for picture in pictures if picture.film]
-    chosen = {**(model.family.always or {}), **options}
+    chosen = {**(model.family.always or {}), **((films and model.family.filmed) or {}), **options}
     chosen = {name: value for name, value in chosen.items() if accepts(model.processor.__call__, name)}
     if films:
         chosen["videos"] = films
@@ -267,7 +276,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
         raise ImageError(
             f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}"
         ) from error
-    inputs = {name: value for name, value in produced.items() if isinstance(value, Tensor)}
+    inputs = {name: value for name, value in produced.items() if isinstance(value, Tensor) and name != "labels"}
     if "input_ids" not in inputs:
         raise TokenLayoutError(
             f"{type(model.processor).__name__} returned {', '.join(produced) or 'nothing'}, expected input_ids and what "
@@ -284,8 +293,11 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
         _fit_placeholders(inputs, model.image_token_id, [look.n_placeholders for each in looks[0] for look in each])
     kind = model.family.token_types
     if kind in inspect.signature(unwrap_peft(model.hf_model).forward).parameters:  # older transformers find out
-        marks = [(inputs["input_ids"] == id).long() * n for n, id in enumerate(model.placeholder_ids, start=1)]
-        inputs[kind] = torch.stack(marks).sum(dim=0)
+        ids = inputs["input_ids"]
+        inputs[kind] = torch.zeros_like(ids)
+        for token_id, mark, here in ((model.image_token_id, 1, images), (model.film_token_id, 2, videos)):
+            if here:
+                inputs[kind][ids == token_id] = mark
     return _Processed(inputs, looks)
 
 
@@ -404,8 +416,7 @@ def group_images(
             f"{n_videos}: it cuts or drops pictures in a way that {model.family.name} is not known for; turn that off in "
             "the processor"
         )
-    seen = _runs(input_ids, model.image_token_id, images)
-    watched = _runs(input_ids, model.video_token_id, videos)
+    seen, watched = _runs(input_ids, model.image_token_id, images), _runs(input_ids, model.film_token_id, videos)
     groups = []
     for film, n in counts:
         frames = [next(watched)] if film else [next(seen) for _ in range(n)]
@@ -415,6 +426,8 @@ def group_images(
 
 def _runs(input_ids: Tensor, token_id: int | None, pictures: Sequence[Looks]) -> Iterator[tuple[Looks, list[int]]]:
     """For each picture its looks and the positions of their cells."""
+    if not pictures:
+        return iter(())
     places = [] if token_id is None else (input_ids == token_id).nonzero().flatten().tolist()
     needed = sum(look.n_placeholders for looks in pictures for look in looks)
     if len(places) != needed:

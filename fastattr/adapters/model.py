@@ -59,6 +59,12 @@ class Model:
         return None if found is None else int(found)
 
     @property
+    def film_token_id(self) -> int | None:
+        """What stands for a video where one is shown; in some families the placeholder of images."""
+        found = getattr(self.config, self.family.film_token, None)
+        return None if found is None else int(found)
+
+    @property
     def placeholder_ids(self) -> list[int]:
         """Ids that stand for pictures and are never said: of images, then of videos."""
         return [self.image_token_id] + ([] if self.video_token_id is None else [self.video_token_id])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +95,7 @@ def _forward_ragged(
     mask = None
     if min(lengths) < longest:
         mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long().to(fed.device)
-    return forward(model.hf_model, fed, collate(examples, longest), layer, interpolate, mask)
+    return forward(model, fed, collate(model, examples, longest), layer, interpolate, mask)
 
 
 def log_probs_of_images(
@@ -130,7 +129,7 @@ def _batch_log_probs(model: Model, examples: Sequence[EncodedExample], response_
     """`[variant target]` of examples that are alike, from one forward."""
     ids = torch.cat([examples[0].input_ids, response_ids])
     fed = ids[:-1].repeat(len(examples), 1)
-    last, _ = forward(model.hf_model, fed, collate(examples, fed.shape[1]), -1, interpolate=False)
+    last, _ = forward(model, fed, collate(model, examples, fed.shape[1]), -1, interpolate=False)
     layout = examples[0].layout(len(response_ids))
     home = model.head.weight.device
     states = [ScaleStates(each.to(home), ids.to(home), layout) for each in last]
@@ -139,7 +138,7 @@ def _batch_log_probs(model: Model, examples: Sequence[EncodedExample], response_
 
 @torch.no_grad()
 def forward(
-    hf_model: Any,
+    model: Model,
     fed_ids: Tensor,
     model_inputs: Mapping[str, Tensor],
     layer: int,
@@ -152,8 +151,9 @@ def forward(
         fed_ids: int `[batch seq]`, sequences of one length or padded behind their end.
         attention_mask: `[batch seq]`, 0 where they are; None where none is.
     """
+    hf_model = model.hf_model
     module, norm = layer_modules(hf_model, layer)
-    inputs = {name: along(name, value, fed_ids.shape[1]) for name, value in model_inputs.items()}
+    inputs = {name: along(model, name, value, fed_ids.shape[1]) for name, value in model_inputs.items()}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     with (

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
+import ray.data
 
 from fastattr import AttributionConfig
 from fastattr.batch import RayExplainer, ray_engine, run
@@ -31,11 +31,13 @@ def main(source: str, out: str, flag: str) -> None:
     for row in rows:
         row["image"] = str(Path(source).parent / row["image"])
     rows[1]["image"] = "none.png"
-    # an actor that is given tables, which is all that Ray Data makes of it
-    explainer = ray.remote(RayExplainer).remote(attribution=LENS)  # type: ignore[call-arg]
-    table = ray.get(explainer.__call__.remote(pa.Table.from_pylist(rows)))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    given = {"attribution": LENS}
+    explained = ray.data.from_items(rows).map_batches(
+        RayExplainer, fn_constructor_kwargs=given, batch_format="pyarrow", batch_size=2, concurrency=1
+    )
     kept = ("request_id", "status", "error_type")
-    steps = [[row[name] for name in kept] for row in table.to_pylist()]
+    steps = sorted([row[name] for name in kept] for row in explained.take_all())
     killed = Path(flag).exists()
     print(json.dumps({"job": asdict(job), "again": asdict(again), "killed": killed, "steps": steps}))
 

@@ -96,10 +96,13 @@ class Family:
         enlarge: `(processor, (height, width), scale) -> options` for showing pictures at `scale` times their size by
             default, which makes the largest one `height x width`; None if the number of tokens is fixed.
         watch: what was shown, to the looks at every video; None where videos are shown as their frames, one image each.
+        film_token: the configuration's name of the id that stands for a video.
+        filmed: processor options used where a video is shown as one, for example so that no frame is left out.
         always: processor options used at every scale.
         resized: pictures are given to the processor at the size of their grid. Not where it cuts or crops them.
         interpolates: the vision tower must be told to interpolate its position embeddings.
         token_types: the name of the model input that marks image tokens, where the model needs it.
+        answer_type: what these mark an answer with.
         tiles: large pictures are read in tiles.
     """
 
@@ -108,10 +111,13 @@ class Family:
     cell: Callable[[Config], int]
     enlarge: Callable[[Any, Size, float], dict[str, Any]] | None
     watch: Callable[[Shown], list[Looks]] | None = None
+    film_token: str = "video_token_id"
+    filmed: Mapping[str, Any] | None = None
     always: Mapping[str, Any] | None = None
     resized: bool = True
     interpolates: bool = False
     token_types: str | None = None
+    answer_type: int = 0
     tiles: bool = False
 
 

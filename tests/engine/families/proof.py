@@ -100,7 +100,7 @@ def prove_states(row: Row, model: fastattr.Model) -> None:
         inputs = dict(encoded.model_inputs)
         for name in inputs:
             if name.endswith("token_type_ids"):
-                inputs[name] = nn.functional.pad(inputs[name], (0, len(response) - 1))
+                inputs[name] = nn.functional.pad(inputs[name], (0, len(response) - 1), value=model.family.answer_type)
         scaled = model.family.interpolates and scale != 1.0
         with torch.no_grad(), interpolated_positions(model.hf_model, scaled):
             out = model.hf_model(
