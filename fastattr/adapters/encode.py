@@ -23,6 +23,7 @@ from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
 MAX_IMAGE_TOKENS = 65_536
+MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower; four of the bundled model's pictures are fastest
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class EncodedExample:
     groups: tuple[ImageGroup, ...]
     prompt: tuple[int, ...]
     scale: float
+
+    @property
+    def n_image(self) -> int:
+        return sum(len(group.positions) for group in self.groups)
 
     def layout(self, n_response: int) -> TokenLayout:
         """The layout once `n_response` tokens follow."""
@@ -190,16 +195,23 @@ def alike(examples: Sequence[EncodedExample]) -> bool:
     )
 
 
-def stackable(examples: Sequence[EncodedExample]) -> list[list[int]]:
-    """Indices of examples whose model inputs can be joined into one batch each, in order of first appearance."""
-    groups: dict[tuple[object, ...], list[int]] = {}
+def stackable(model: Model, examples: Sequence[EncodedExample]) -> list[list[int]]:
+    """Indices of examples whose model inputs can be joined into one batch each, in order of first appearance.
+
+    Where the tower's attention spans all images of a batch, small batches are faster than large ones.
+    """
+    groups: dict[tuple[object, ...], list[list[int]]] = {}
     for i, each in enumerate(examples):
         key = tuple(
             (name, value.dtype, () if _per_token(name) else value.shape[1:])
             for name, value in sorted(each.model_inputs.items())
         )
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
+        batches = groups.setdefault(key, [[]])
+        held = sum(examples[k].n_image for k in batches[-1])
+        if model.family.joint and batches[-1] and held + each.n_image > MAX_JOINT_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return [batch for batches in groups.values() for batch in batches]
 
 
 def collate(model: Model, examples: Sequence[EncodedExample], n_tokens: int) -> dict[str, Tensor]:

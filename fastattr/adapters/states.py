@@ -68,7 +68,7 @@ def replay_batch(
     """
     read: list[ScaleStates | None] = [None] * len(encoded)
     home = model.head.weight.device  # with a device map the last layer may lie elsewhere than the embeddings
-    for members in stackable(encoded):
+    for members in stackable(model, encoded):
         sequences = [torch.cat([encoded[i].input_ids, responses[i]]) for i in members]
         interpolate = model.family.interpolates and encoded[members[0]].scale != 1.0
         last, chosen = _forward_ragged(model, [encoded[i] for i in members], sequences, layer, interpolate)

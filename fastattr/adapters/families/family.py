@@ -104,6 +104,7 @@ class Family:
         token_types: the name of the model input that marks image tokens, where the model needs it.
         answer_type: what these mark an answer with.
         tiles: large pictures are read in tiles.
+        joint: the tower's attention spans all images of a forward, so that its cost grows with their square.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Family:
     token_types: str | None = None
     answer_type: int = 0
     tiles: bool = False
+    joint: bool = False
 
 
 def looks_of(family: Family, shown: Shown) -> list[Looks]:
