@@ -179,7 +179,12 @@ def prove_places(model: fastattr.Model, height: int, width: int, scale: float) -
         moved = (after - before).norm(dim=1)
         told = f"{height} x {width} at scale {scale:g}, grid {group.grid}, cell {(row, column)}"
         on_map = place(moved[None], group)[0, 0]
-        assert divmod(int(on_map.argmax()), columns) == (row, column), told
+        brightest = divmod(int(on_map.argmax()), columns)
+        if group.views and brightest != (row, column):  # cells of the map may lie across those of its views
+            assert max(abs(brightest[0] - row), abs(brightest[1] - column)) == 1, told
+            assert on_map[row, column] > 0.9 * on_map.max(), told
+        else:
+            assert brightest == (row, column), told
         middle = top + (row + 0.5) / rows * (bottom - top), left + (column + 0.5) / columns * (right - left)
         start = 0
         for view in group.views:
