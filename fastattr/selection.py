@@ -57,8 +57,31 @@ class Selection:
         return _only(self.maps, "map", "maps")
 
     @property
+    def frames(self) -> tuple[int | None, ...]:
+        """For each image or video the frame where its map peaks, the one `boxes` and `overlay` are of.
+
+        Counts the frames of `attribution.pictures`; 0 for an image, None where the map is dark. Where several frames
+        share a time step of the map, it is the first of them.
+
+        Raises:
+            InputError: the attribution was made without pictures.
+        """
+        pictures = self.attribution.pictures
+        if not pictures:
+            raise InputError("frames are counted in the pictures, but this attribution was made without; pass image=")
+        return tuple(_peak_frame(maps, len(shots)) for maps, shots in zip(self.maps, pictures, strict=True))
+
+    @property
+    def frame(self) -> int | None:
+        """The frame of the only image or video. Raises `InputError` if there are several: see `frames`."""
+        return _only(self.frames, "frame", "frames")
+
+    @property
     def boxes(self) -> tuple[Box | None, ...]:
-        """For each image the box around its peak, `(left, top, right, bottom)` in pixels; None where the map is dark."""
+        """For each image the box around its peak, `(left, top, right, bottom)` in pixels; None where the map is dark.
+
+        Of a video it is the box on the frame where the map peaks, see `frames`.
+        """
         sizes = self.attribution.picture_sizes
         if not sizes:
             raise InputError("boxes are in pixels of the pictures, but this attribution was made without; pass image=")
@@ -85,7 +108,7 @@ class Selection:
         return float(torch.stack([evidence[list(occurrence)].sum() for occurrence in self.targets]).mean())
 
     def overlay(self, image: int = 0) -> Image.Image:
-        """The picture with the map over it; of a video the frame with the strongest response.
+        """The picture with the map over it; of a video the frame where the map peaks, see `frames`, or the first.
 
         Raises:
             InputError: there is no such picture.
@@ -96,8 +119,8 @@ class Selection:
         if not 0 <= image < len(pictures):
             raise InputError(f"image is {image}, but this attribution holds {len(pictures)} pictures")
         maps = self.maps[image]
-        frame = int(maps.flatten(1).amax(dim=1).argmax())
-        return overlay(pictures[image][frame], maps[frame], self.attribution.extents[image])
+        frame = _peak_frame(maps, len(pictures[image])) or 0
+        return overlay(pictures[image][frame], maps[peak_step(maps) or 0], self.attribution.extents[image])
 
     def __repr__(self) -> str:
         score = self.score
@@ -201,21 +224,45 @@ def token_targets(
     return tuple(tuple(range(bisect_right(stops, first), bisect_left(starts, last))) for first, last in spans)
 
 
+def peak_step(maps: Tensor) -> int | None:
+    """The time step of `maps [t h w]` that holds their highest value, the first where several do; None if all is dark."""
+    peaks = maps.flatten(1).amax(dim=1)
+    return int(peaks.argmax()) if float(peaks.max()) > 0 else None
+
+
+def first_frame(step: int, n_steps: int, n_frames: int) -> int:
+    """The first of `n_frames` frames that belongs to a time step of a map: frame f is of step `f * n_steps // n_frames`.
+
+    Models merge frames in time, so a step may stand for several. Where there are fewer frames than steps, it is the frame
+    on show at that step.
+
+    >>> [first_frame(step, 3, 5) for step in range(3)]
+    [0, 2, 4]
+    """
+    at = step * n_frames
+    return at // n_steps if n_frames < n_steps else -(-at // n_steps)
+
+
+def _peak_frame(maps: Tensor, n_frames: int) -> int | None:
+    step = peak_step(maps)
+    return None if step is None else first_frame(step, len(maps), n_frames)
+
+
 def peak_box(maps: Tensor, extent: Box, size: tuple[int, int]) -> Box | None:
     """The box around the strongest response: pixels of at least `BOX_LEVEL` of the peak, connected to it.
 
     Args:
-        maps: `[t h w]`; the frame with the peak counts.
+        maps: `[t h w]`; the time step with the peak counts, see `peak_step`.
         extent: the part of the picture the grid covers, as shares.
         size: `(height, width)` of the picture in pixels.
 
     Returns:
         `(left, top, right, bottom)` in pixels of the picture, or None for a map of zeros.
     """
-    peak = float(maps.max())
-    if peak <= 0:
+    step = peak_step(maps)
+    if step is None:
         return None
-    frame = maps[int(maps.flatten(1).amax(dim=1).argmax())]
+    frame = maps[step]
     left, top = extent[0] * size[1], extent[1] * size[0]
     covered_width, covered_height = (extent[2] - extent[0]) * size[1], (extent[3] - extent[1]) * size[0]
     shrink = min(1.0, _BOX_SIDE / max(covered_width, covered_height))

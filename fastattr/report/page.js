@@ -11,7 +11,8 @@ const TWICE = Math.LN2; // nats; below a factor of two either way the picture ma
 const STRONG = 4; // nats at which the evidence bar has its full colour
 const CANVAS = 288; // pixels of an overlay's longer side; CSS stretches it over the picture
 const TINT_STEPS = 16; // few enough that most words keep their tint from one token to the next
-const PLAY_MS = 400;
+const PLAY_MS = 400; // fewer than three frames a second: no picture flashes faster than is safe
+const CALM_PLAY_MS = 1000; // for readers who ask for less motion
 
 const colors = new Uint32Array(decode(page.colors).buffer);
 const tokens = page.response.pieces.map(([, text]) => text);
@@ -50,6 +51,9 @@ layOut($("response"), page.response, responseWords);
 $("fields").append(...rows);
 $("fields-count").textContent = `${fields.length} ${fields.length === 1 ? "value" : "values"}`;
 document.body.classList.toggle("structured", fields.length > 0);
+$("pictures").classList.toggle("several", screens.length > 1);
+$("strongest-key").hidden = screens.length < 2;
+$("bars-key").hidden = screens.every(({ count }) => count < 2);
 $("model").textContent = page.model;
 document.title = `${$("response").textContent.replace(/\s+/g, " ").slice(0, 60)} · fastattr`;
 buildSwitch();
@@ -101,15 +105,17 @@ function buildSwitch() {
   if (page.views.length < 2) $("model").append(page.model ? " · " : "", page.views[0].label);
 }
 
-/** A picture with its overlay; a video also has a slider and a play button. */
+/** A picture with its overlay; a video also has a player, and where there are several each has its caption. */
 function buildScreen(picture, k) {
-  const figure = element("figure");
+  const count = Math.max(picture.frames.length, ...page.views.map((v) => v.maps[k].grid[0]));
+  const name = `${count > 1 ? "video" : "image"} ${k + 1}`;
+  const figure = element("figure", count > 1 ? "video" : "image");
+  figure.style.setProperty("--aspect", picture.width / picture.height);
   const stack = element("div", "stack");
-  stack.style.setProperty("--aspect", picture.width / picture.height);
   const canvas = element("canvas", "overlay");
   canvas.dataset.image = k;
   const img = element("img");
-  img.alt = `Image ${k + 1}, ${picture.width} by ${picture.height} pixels`;
+  img.alt = `${name[0].toUpperCase()}${name.slice(1)}, ${picture.width} by ${picture.height} pixels`;
   if (picture.frames.length) stack.append(img);
   else stack.classList.add("blank");
   const frameOfBox = element("div", "frame");
@@ -118,40 +124,41 @@ function buildScreen(picture, k) {
   figure.append(stack);
   $("pictures").append(figure);
 
-  const count = Math.max(picture.frames.length, ...page.views.map((v) => v.maps[k].grid[0]));
-  const screen = { k, picture, img, canvas, frameOfBox, count, frame: -1, slider: null, button: null, timer: 0 };
+  const screen = { k, picture, name, figure, img, canvas, frameOfBox, count, frame: -1, held: false, timer: 0 };
   if (count > 1) figure.append(buildPlayer(screen));
+  if (page.pictures.length > 1) {
+    const caption = element("figcaption", "", name);
+    caption.append(element("span", "", " · strongest"));
+    figure.append(caption);
+  }
   return screen;
 }
 
+/** Play, and a timeline: a slider over bars that show how strong the map is at each time step. */
 function buildPlayer(screen) {
-  const bar = element("div", "player");
-  const button = element("button", "", "Play");
+  const player = element("div", "player");
+  const button = element("button", "play");
   button.type = "button";
+  const timeline = element("div", "timeline");
+  timeline.style.setProperty("--count", screen.count);
+  const strip = element("div", "strip");
+  strip.setAttribute("role", "img");
   const slider = element("input");
   slider.type = "range";
   slider.max = screen.count - 1;
   slider.value = 0;
-  slider.setAttribute("aria-label", `Frame of video ${screen.k + 1}`);
+  slider.title = "← → a frame, space to play";
+  slider.setAttribute("aria-label", `Frame of ${screen.name}`);
   const output = element("output");
-  Object.assign(screen, { slider, button, output });
-  slider.addEventListener("input", () => {
-    pause(screen);
-    setFrame(screen, Number(slider.value));
-  });
-  button.addEventListener("click", () => {
-    if (screen.timer) return pause(screen);
-    button.textContent = "Pause";
-    screen.timer = setInterval(() => setFrame(screen, (screen.frame + 1) % screen.count), PLAY_MS);
-  });
-  bar.append(button, slider, output);
-  return bar;
-}
-
-function pause(screen) {
-  clearInterval(screen.timer);
-  screen.timer = 0;
-  screen.button.textContent = "Play";
+  output.setAttribute("aria-live", "off"); // a frame every 400 ms is not to be read out
+  timeline.append(strip, slider);
+  player.append(button, timeline, output);
+  Object.assign(screen, { slider, button, strip, output });
+  labelPlay(screen);
+  slider.addEventListener("input", () => hold(screen, Number(slider.value)));
+  button.addEventListener("click", () => playOrHold(screen));
+  player.addEventListener("keydown", (event) => playerKey(screen, event));
+  return player;
 }
 
 function drawHeatKey() {
@@ -169,12 +176,12 @@ function use(i) {
   view = page.views[i];
   if (typeof view.tints === "string") {
     view.tints = decode(view.tints);
-    for (const map of view.maps) {
-      map.levels = decode(map.levels);
-      map.mass = massOfFrames(map);
-    }
+    for (const map of view.maps) map.levels = decode(map.levels);
   }
-  for (const screen of screens) fitCanvas(screen);
+  for (const screen of screens) {
+    fitCanvas(screen);
+    if (screen.strip) fitStrip(screen);
+  }
   lowWords = view.low ? view.low.words : [];
   lowOf = new Map(lowWords.flatMap((word) => word.targets.map((target) => [target, word])));
   responseWords.forEach(colorByEvidence);
@@ -194,13 +201,6 @@ function use(i) {
   show();
 }
 
-/** Sum of each frame's levels, `[target t]`, so that a video can open at the frame a token looks at. */
-function massOfFrames({ grid: [t, h, w], levels }) {
-  const mass = new Float64Array(nTokens * t);
-  for (let i = 0; i < levels.length; i++) mass[Math.floor(i / (h * w))] += levels[i];
-  return mass;
-}
-
 function fitCanvas(screen) {
   const { canvas, picture } = screen;
   const { grid: [, rows, cols], extent: [left, top, right, bottom] } = view.maps[screen.k];
@@ -218,6 +218,21 @@ function fitCanvas(screen) {
   screen.across = taps(cols, canvas.width);
   screen.down = taps(rows, canvas.height);
   screen.strips = new Float32Array(rows * canvas.width);
+}
+
+/** A bar for each time step, as wide as its frames. */
+function fitStrip({ k, count, strip }) {
+  const [t] = view.maps[k].grid;
+  const bars = Array.from({ length: t }, (_, step) => {
+    const bar = element("i");
+    bar.style.flexGrow = firstFrame(step + 1, t, count) - firstFrame(step, t, count);
+    return bar;
+  });
+  strip.replaceChildren(...bars);
+}
+
+function firstFrame(step, steps, count) {
+  return Math.ceil((step * count) / steps);
 }
 
 function colorByEvidence(word, i) {
@@ -289,8 +304,12 @@ function show() {
     if (things[pinned]) buttonOf(things[pinned]).setAttribute("aria-pressed", "true");
   }
   tintWords();
-  for (const screen of screens) screen.heat = heatOf(view.maps[screen.k]);
-  screens.forEach((screen) => setFrame(screen, screen.timer ? screen.frame : bestFrame(screen)));
+  for (const screen of screens) {
+    screen.heat = heatOf(view.maps[screen.k]);
+    screen.peaks = peaksOf(view.maps[screen.k], screen.heat);
+  }
+  compareScreens();
+  screens.forEach((screen) => setFrame(screen, screen.timer || screen.held ? screen.frame : bestFrame(screen)));
   describe();
 }
 
@@ -327,14 +346,57 @@ function boxOf({ k }) {
   return fieldOf(active) ? view.boxes[active - nTokens][k] : null;
 }
 
+/** The highest level of each time step; nothing where there is no map. */
+function peaksOf({ grid: [t, h, w] }, heat) {
+  if (!heat) return [];
+  return Array.from({ length: t }, (_, step) => {
+    let peak = 0;
+    for (let i = step * h * w; i < (step + 1) * h * w; i++) if (heat[i] > peak) peak = heat[i];
+    return peak;
+  });
+}
+
+/** Outline the one of several pictures with the highest peak, and draw each video's bars on one scale. */
+function compareScreens() {
+  const highest = Math.max(0, ...screens.flatMap(({ peaks }) => peaks));
+  const strongest = highest > 0 ? screens.find(({ peaks }) => peaks.includes(highest)) : undefined;
+  for (const screen of screens) {
+    screen.figure.classList.toggle("strongest", screens.length > 1 && screen === strongest);
+    if (screen.strip) drawStrip(screen, highest);
+  }
+  if (screens.length > 1 && strongest) bringIntoView(strongest.figure, $("pictures"));
+}
+
+/** Scroll a box, and nothing around it, as little as shows a whole part of it. */
+function bringIntoView(part, box) {
+  const [inner, outer] = [part.getBoundingClientRect(), box.getBoundingClientRect()];
+  if (inner.top < outer.top) box.scrollTop += inner.top - outer.top - 5;
+  else if (inner.bottom > outer.bottom) box.scrollTop += Math.min(inner.bottom - outer.bottom + 5, inner.top - outer.top - 5);
+}
+
+/** Bars relative to the highest of the word: many a right map peaks at a fifth, and it is *when* that they show. */
+function drawStrip(screen, highest) {
+  const { strip, peaks, name, count } = screen;
+  const best = bestStep(screen);
+  [...strip.children].forEach((bar, step) => {
+    bar.style.setProperty("--share", highest > 0 ? (peaks[step] ?? 0) / highest : 0);
+    bar.classList.toggle("best", step === best);
+  });
+  const where = best === null ? "no word is shown, or its map is dark" : `highest at frame ${firstFrame(best, peaks.length, count) + 1}`;
+  strip.setAttribute("aria-label", `Strength of the shown word over ${name}: ${where}`);
+}
+
+/** The time step where the map of what is shown peaks; null where it is dark or nothing is shown. */
+function bestStep(screen) {
+  const { grid: [t], peaks } = view.maps[screen.k];
+  if (active === null || t === 1) return null;
+  return fieldOf(active) ? (boxOf(screen)?.[4] ?? null) : peaks[active];
+}
+
 function bestFrame(screen) {
-  const targets = targetsOf(active);
-  if (screen.count === 1 || !targets.length) return Math.max(0, screen.frame);
-  const { grid: [t], mass } = view.maps[screen.k];
-  const box = boxOf(screen);
-  if (box) return Math.ceil((box[4] * screen.count) / t);
-  const own = mass.subarray(targets[0] * t, (targets[0] + 1) * t);
-  return Math.ceil((own.indexOf(Math.max(...own)) * screen.count) / t);
+  const best = bestStep(screen);
+  if (best === null) return Math.max(0, screen.frame);
+  return firstFrame(best, view.maps[screen.k].grid[0], screen.count);
 }
 
 function setFrame(screen, frame) {
@@ -347,6 +409,7 @@ function setFrame(screen, frame) {
     if (shots && (before < 0 || of(shots, before) !== of(shots, frame))) screen.img.src = picture.frames[of(shots, frame)];
     if (screen.slider) {
       screen.slider.value = frame;
+      screen.slider.setAttribute("aria-valuetext", `frame ${frame + 1} of ${count}`);
       screen.output.textContent = `${frame + 1} / ${count}`;
     }
   }
@@ -403,6 +466,59 @@ function taps(n, size) {
     share[i] = at - low[i];
   }
   return { low, high, share };
+}
+
+// ---- playing a video ---------------------------------------------------------------------------
+
+// A word that is pointed at or kept brings a video to the frame where its map peaks. A reader who chose a frame has it
+// held: other words are then seen on that frame, until one is kept or all is let go. While a video plays, it plays.
+
+/** Stay on a frame that the reader chose. */
+function hold(screen, frame) {
+  stop(screen);
+  screen.held = true;
+  setFrame(screen, frame);
+}
+
+function release() {
+  for (const screen of screens) screen.held = false;
+}
+
+function playOrHold(screen) {
+  if (screen.timer) return hold(screen, screen.frame);
+  const last = screen.count - 1;
+  if (screen.frame === last) setFrame(screen, 0);
+  screen.held = false;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  screen.timer = setInterval(() => {
+    setFrame(screen, screen.frame + 1);
+    if (screen.frame === last) stop(screen);
+  }, calm ? CALM_PLAY_MS : PLAY_MS);
+  labelPlay(screen);
+}
+
+function stop(screen) {
+  clearInterval(screen.timer);
+  screen.timer = 0;
+  labelPlay(screen);
+}
+
+function labelPlay({ button, name, timer }) {
+  button.classList.toggle("playing", timer !== 0);
+  button.title = timer ? "Pause" : "Play";
+  button.setAttribute("aria-label", `${button.title} ${name}`);
+}
+
+/** The slider takes the keys of time itself, the button those that press it; here is what each of them lacks. */
+function playerKey(screen, event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const onSlider = event.target === screen.slider;
+  const last = screen.count - 1;
+  const to = { ArrowLeft: screen.frame - 1, ArrowRight: screen.frame + 1, Home: 0, End: last }[event.key];
+  if (onSlider && event.key === " ") playOrHold(screen);
+  else if (!onSlider && to !== undefined) hold(screen, Math.max(0, Math.min(last, to)));
+  else return;
+  event.preventDefault();
 }
 
 // ---- the panel ---------------------------------------------------------------------------------
@@ -515,7 +631,7 @@ for (const list of [$("response"), $("fields")]) {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape") letGo();
-  if (event.target.matches("input, summary")) return; // their keys are their own
+  if (event.target.closest("input, summary, .player")) return; // their keys are their own
   const thing = thingOf(event.target);
   const to = thing?.matches(".field") ? rowFor(event.key, indexOf(thing)) : undefined;
   const next = to ?? tokenFor(event.key);
@@ -557,7 +673,7 @@ $("low-step").addEventListener("click", () => {
 
 /** The pin, if there is one, travels along. */
 function stepTo(i) {
-  if (pinned !== null) pinned = i;
+  if (pinned !== null) keep(i);
   const button = buttonOf(things[i]);
   things[i].parentElement.querySelector('[tabindex="0"]').tabIndex = -1;
   button.tabIndex = 0;
@@ -567,14 +683,21 @@ function stepTo(i) {
   show();
 }
 
+/** Another word that is kept may move the videos again; one that is let go leaves them where they are. */
+function keep(i) {
+  if (i !== null && i !== pinned) release();
+  pinned = i;
+}
+
 function toggle(i) {
-  pinned = pinned === i ? null : i;
+  keep(pinned === i ? null : i);
   show();
   things[pinned]?.scrollIntoView({ block: "nearest" }); // out from under what sticks to a phone's edges
 }
 
 function letGo() {
   cursor = pinned = null;
+  release();
   if (thingOf(document.activeElement)) document.activeElement.blur();
   show();
 }

@@ -26,12 +26,14 @@ from torch import Tensor
 from fastattr.errors import InputError
 from fastattr.fields import Field, path_name, read_fields
 from fastattr.report.picture import color_table, frames, quantise
-from fastattr.selection import peak_box
+from fastattr.selection import peak_box, peak_step
 from fastattr.storage import whole_file
 from fastattr.types import Attribution, AttributionConfig
 
 PNG_UP_TO = 512  # pixels of the longer side; larger pictures are embedded as JPEG
 JPEG_QUALITY = 90
+VIDEO_SIDE = 512  # pixels of the longer side of a video's frames, all of them JPEG: there are many
+VIDEO_QUALITY = 80
 
 _LONGEST = 200  # characters of a value in the table of fields; the whole of it stands in the response
 _LONGEST_NAME = 80
@@ -221,45 +223,61 @@ def _row(field: Field) -> _Row:
 
 
 def _field_boxes(attribution: Attribution, field: Field) -> list[tuple[float, ...] | None]:
-    """For each image `(left, top, right, bottom)` as shares of it and the frame of the map; None where there is none."""
+    """For each image `(left, top, right, bottom)` as shares of it and the time step; None where there is none."""
     boxes: list[tuple[float, ...] | None] = []
     for image, maps in enumerate(field.selection.maps if field.selection else ()):
         sizes = attribution.picture_sizes
         height, width = sizes[image] if sizes else frames(attribution, image).shape[1:3]
-        box = peak_box(maps, attribution.extents[image], (height, width))
-        if box is None:
+        box, step = peak_box(maps, attribution.extents[image], (height, width)), peak_step(maps)
+        if box is None or step is None:
             boxes.append(None)
         else:
             shares = (side / length for side, length in zip(box, (width, height, width, height), strict=True))
-            boxes.append((*(round(share, 4) for share in shares), int(maps.flatten(1).amax(dim=1).argmax())))
+            boxes.append((*(round(share, 4) for share in shares), step))
     return boxes
 
 
 def _picture(attribution: Attribution, image: int) -> dict[str, Any]:
     pictures = frames(attribution, image)
     _, height, width, _ = pictures.shape
-    sources = [_data_uri(picture) for picture in pictures] if attribution.pictures else []
+    as_uri = _still_uri if len(pictures) == 1 else _frame_uri
+    sources = [as_uri(Image.fromarray(picture)) for picture in pictures] if attribution.pictures else []
     return {"frames": sources, "width": width, "height": height}
 
 
-def _data_uri(picture: np.ndarray) -> str:
+def _still_uri(picture: Image.Image) -> str:
+    if max(picture.size) <= PNG_UP_TO:
+        return _data_uri(picture, "PNG")
+    return _data_uri(picture, "JPEG", quality=JPEG_QUALITY)
+
+
+def _frame_uri(picture: Image.Image) -> str:
+    shrink = min(1.0, VIDEO_SIDE / max(picture.size))
+    width, height = (max(1, round(side * shrink)) for side in picture.size)
+    return _data_uri(picture.resize((width, height), Image.Resampling.LANCZOS), "JPEG", quality=VIDEO_QUALITY)
+
+
+def _data_uri(picture: Image.Image, kind: str, **options: int) -> str:
     content = io.BytesIO()
-    if max(picture.shape[:2]) <= PNG_UP_TO:
-        kind = "png"
-        Image.fromarray(picture).save(content, "PNG")
-    else:
-        kind = "jpeg"
-        Image.fromarray(picture).save(content, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
+    picture.save(content, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def _view(attribution: Attribution, label: str) -> dict[str, Any]:
-    """What changes with the switch: maps `[target t h w]` and tints `[target context]` as uint8, boxes, and scores."""
+    """What changes with the switch: maps `[target t h w]` and tints `[target context]` as uint8, boxes, and scores.
+
+    `peaks` are the time steps a video opens at, `[target]`, the same as a selection's; levels alone may tie.
+    """
     relevance, evidence = attribution.relevance, attribution.evidence
     return {
         "label": label,
         "maps": [
-            {"grid": heat.shape[1:], "extent": extent, "levels": _base64(quantise(heat))}
+            {
+                "grid": heat.shape[1:],
+                "extent": extent,
+                "levels": _base64(quantise(heat)),
+                "peaks": [peak_step(maps) for maps in heat] if heat.shape[1] > 1 else None,
+            }
             for heat, extent in zip(attribution.image, attribution.extents, strict=True)
         ],
         "boxes": [_field_boxes(attribution, field) for field in _fields(attribution)],

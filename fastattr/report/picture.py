@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastattr.errors import InputError
+from fastattr.selection import first_frame, peak_step
 from fastattr.storage import whole_file
 from fastattr.types import Attribution, Box
 
@@ -31,10 +33,13 @@ COLOR_STOPS = (
 NEUTRAL = 128
 
 MAX_CELLS = 120
-_THUMB = 180
+MAX_ROWS = 40  # cells of a sheet with a video, which are strips of frames
+MAX_STEPS = 8  # frames of such a strip
+_THUMB, _VIDEO_THUMB = 180, 112
 _NARROWEST = 96  # a tall, thin picture still leaves room for its caption
+_NARROWEST_STRIP = 260  # and for the word on where it peaks
 _SHEET_WIDTH = 1600
-_MARGIN, _GAP, _CAPTION = 16, 12, 26
+_MARGIN, _GAP, _FRAME_GAP, _CAPTION = 16, 12, 4, 26
 _PAPER, _INK, _FADED = (255, 255, 255), (32, 33, 36), (120, 122, 128)
 
 
@@ -77,38 +82,51 @@ def overlay(picture: np.ndarray, heat: Tensor, extent: Box) -> Image.Image:
 def write_png(attribution: Attribution, path: str | Path) -> Path:
     """Write a contact sheet: every response token with its overlays above it.
 
-    A video shows the frame its token looks at most. Past `MAX_CELLS` tokens the sheet says how many it leaves out.
-    Letters that no installed font has are drawn as boxes; each token carries its number for that reason.
+    A video is a strip of its frames, one row a token: the first frame of each time step of the map, of more than
+    `MAX_STEPS` so many of them, evenly chosen, the first and the last among them. The step where the token's map peaks
+    is outlined, and where it is not on the sheet the caption names its frame.
+
+    Past `MAX_CELLS` tokens, `MAX_ROWS` with a video, the sheet says how many it leaves out. Letters that no installed
+    font has are drawn as boxes; each token carries its number for that reason.
 
     Raises:
+        InputError: there are pictures, but not one for each map.
         SaveError: the path cannot be written.
     """
     total = len(attribution)
-    count = min(total, MAX_CELLS)
-    thumbs = _thumb_sizes(attribution)
-    cell_width = max(_NARROWEST, sum(width for width, _ in thumbs) + _GAP * (len(thumbs) - 1))
-    cell_height = max(height for _, height in thumbs) + _CAPTION
-    fitting = (_SHEET_WIDTH - 2 * _MARGIN + _GAP) // (cell_width + _GAP)
+    thumbs = _thumbs(attribution)
+    videos = any(thumb.label for thumb in thumbs)
+    count = min(total, MAX_ROWS if videos else MAX_CELLS)
+    notes = _strip_notes(attribution) + (
+        [f"… and {total - count} more tokens ({count} of {total} shown)"] if count < total else []
+    )
+    cell_width = max(_NARROWEST_STRIP if videos else _NARROWEST, thumbs[-1].left + thumbs[-1].picture.shape[1])
+    cell_height = max(thumb.picture.shape[0] for thumb in thumbs) + _CAPTION
+    fitting = 1 if videos else (_SHEET_WIDTH - 2 * _MARGIN + _GAP) // (cell_width + _GAP)
     columns = max(1, min(count, fitting))
     rows = math.ceil(count / columns)
-    footer = _CAPTION if count < total else 0
+    header = _CAPTION if videos else 0
+    font = _font()
     size = (
-        2 * _MARGIN + columns * (cell_width + _GAP) - _GAP,
-        2 * _MARGIN + rows * (cell_height + _GAP) - _GAP + footer,
+        2 * _MARGIN + max([columns * (cell_width + _GAP) - _GAP, *(math.ceil(font.getlength(note)) for note in notes)]),
+        2 * _MARGIN + header + rows * (cell_height + _GAP) - _GAP + _CAPTION * len(notes),
     )
     sheet = Image.new("RGB", size, _PAPER)
-    draw, font = ImageDraw.Draw(sheet), _font()
+    draw = ImageDraw.Draw(sheet)
+    for thumb in thumbs:
+        spare = thumb.picture.shape[1] - draw.textlength(thumb.label, font)
+        if spare > -_FRAME_GAP:  # numbers that would run into each other say nothing
+            draw.text((_MARGIN + thumb.left + spare / 2, _MARGIN), thumb.label, _FADED, font)
     for token in range(count):
         row, column = divmod(token, columns)
-        left, top = _MARGIN + column * (cell_width + _GAP), _MARGIN + row * (cell_height + _GAP)
-        x = left
-        for image, (width, height) in enumerate(thumbs):
-            sheet.paste(_token_overlay(attribution, token, image, (width, height)), (x, top))
-            x += width + _GAP
-        _caption(draw, font, (left, top + cell_height - _CAPTION + 5), token, attribution.tokens[token], cell_width)
-    if footer:
-        note = f"… and {total - count} more tokens ({count} of {total} shown)"
-        draw.text((_MARGIN, size[1] - _MARGIN - footer + 9), note, _FADED, font)
+        left, top = _MARGIN + column * (cell_width + _GAP), _MARGIN + header + row * (cell_height + _GAP)
+        unseen = _draw_thumbs(sheet, attribution, token, thumbs, (left, top))
+        below = top + cell_height - _CAPTION + 5
+        room = cell_width - (draw.textlength(unseen, font) + _GAP if unseen else 0)
+        draw.text((left + cell_width - draw.textlength(unseen, font), below), unseen, _FADED, font)
+        _caption(draw, font, (left, below), token, attribution.tokens[token], room)
+    for k, note in enumerate(notes):
+        draw.text((_MARGIN, size[1] - _MARGIN - _CAPTION * (len(notes) - k) + 9), note, _FADED, font)
     content = io.BytesIO()
     sheet.save(content, "PNG", compress_level=4)  # 6 takes three times as long and saves nothing here
     with whole_file(path) as file:
@@ -152,24 +170,89 @@ def quantise(heat: Tensor) -> np.ndarray:
     return (heat.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def _thumb_sizes(attribution: Attribution) -> list[tuple[int, int]]:
-    """(width, height) of each image in a cell; many images shrink until one cell fits the sheet."""
-    available = _SHEET_WIDTH - 2 * _MARGIN - _GAP * (len(attribution.image) - 1)
-    box = max(8, min(_THUMB, available // len(attribution.image)))
-    sizes = []
-    for image in range(len(attribution.image)):
-        height, width = frames(attribution, image).shape[1:3]
-        shrink = box / max(height, width)
-        sizes.append((max(1, round(width * shrink)), max(1, round(height * shrink))))
-    return sizes
+@dataclass(frozen=True, eq=False)
+class _Thumb:
+    """A place of every cell: an image, or a frame of a video.
+
+    Attributes:
+        step: the time step of the map that is drawn on it.
+        picture: uint8 `[H W 3]`, as large as it is drawn.
+        left: pixels from the left edge of the cell.
+        label: the number of the frame; empty for an image.
+    """
+
+    image: int
+    step: int
+    picture: np.ndarray
+    left: int
+    label: str
 
 
-def _token_overlay(attribution: Attribution, token: int, image: int, size: tuple[int, int]) -> Image.Image:
-    heat = attribution.image[image][token]
-    pictures = frames(attribution, image)
-    frame = int(heat.float().sum((1, 2)).argmax())
-    picture = Image.fromarray(pictures[frame * len(pictures) // len(heat)]).resize(size)
-    return overlay(np.asarray(picture), heat[frame], attribution.extents[image])
+def _shown_steps(n_steps: int) -> list[int]:
+    """All time steps, or `MAX_STEPS` of them, evenly chosen."""
+    shown = min(n_steps, MAX_STEPS)
+    return [round(k * (n_steps - 1) / max(1, shown - 1)) for k in range(shown)]
+
+
+def _n_frames(attribution: Attribution, image: int) -> int:
+    """Places in time of an image or video: its frames, or the steps of its map where there are more of those."""
+    return max(len(frames(attribution, image)), attribution.image[image].shape[1])
+
+
+def _frame_label(attribution: Attribution, image: int, step: int) -> str:
+    """`3/16` for the first frame of a time step of a video, counted from 1; empty for an image."""
+    n_frames = _n_frames(attribution, image)
+    return f"{first_frame(step, attribution.image[image].shape[1], n_frames) + 1}/{n_frames}" if n_frames > 1 else ""
+
+
+def _thumbs(attribution: Attribution) -> list[_Thumb]:
+    """What stands in each cell, from left to right; many pictures shrink until one cell fits the sheet."""
+    shown = [(image, step) for image, maps in enumerate(attribution.image) for step in _shown_steps(maps.shape[1])]
+    videos = any(_n_frames(attribution, image) > 1 for image, _ in shown)
+    available = _SHEET_WIDTH - 2 * _MARGIN - _GAP * (len(shown) - 1)
+    box = max(8, min(_VIDEO_THUMB if videos else _THUMB, available // len(shown)))
+    thumbs: list[_Thumb] = []
+    right = 0
+    for image, step in shown:
+        shots = frames(attribution, image)
+        shrink = box / max(shots.shape[1:3])
+        height, width = (max(1, round(side * shrink)) for side in shots.shape[1:3])
+        shot = shots[first_frame(step, attribution.image[image].shape[1], len(shots))]
+        gap = 0 if not thumbs else _FRAME_GAP if thumbs[-1].image == image else _GAP
+        picture = np.asarray(Image.fromarray(shot).resize((width, height)))
+        thumbs.append(_Thumb(image, step, picture, right + gap, _frame_label(attribution, image, step)))
+        right += gap + width
+    return thumbs
+
+
+def _draw_thumbs(
+    sheet: Image.Image, attribution: Attribution, token: int, thumbs: list[_Thumb], at: tuple[int, int]
+) -> str:
+    """Draw a cell's pictures with a token's maps; returns what to say of peaks that are not among them."""
+    peaks = {image: peak_step(maps[token]) for image, maps in enumerate(attribution.image) if maps.shape[1] > 1}
+    for thumb in thumbs:
+        x, y = at[0] + thumb.left, at[1]
+        heat = attribution.image[thumb.image][token, thumb.step]
+        sheet.paste(overlay(thumb.picture, heat, attribution.extents[thumb.image]), (x, y))
+        if thumb.step == peaks.get(thumb.image):
+            height, width = thumb.picture.shape[:2]
+            ImageDraw.Draw(sheet).rectangle((x - 3, y - 3, x + width + 2, y + height + 2), outline=_INK, width=3)
+            del peaks[thumb.image]
+    unseen = [_frame_label(attribution, image, step) for image, step in peaks.items() if step is not None]
+    return f"peak at {', '.join(unseen)}" if unseen else ""
+
+
+def _strip_notes(attribution: Attribution) -> list[str]:
+    """What a reader of the strips has to know; nothing where there is no video."""
+    notes = []
+    for image, maps in enumerate(attribution.image):
+        steps, n_frames = maps.shape[1], _n_frames(attribution, image)
+        if n_frames == 1:
+            continue
+        chosen = f"{len(_shown_steps(steps))} of them evenly chosen" if steps > MAX_STEPS else "all shown"
+        first = "" if steps == n_frames else ", the first frame of each"
+        notes.append(f"video {image + 1}: {n_frames} frames, {steps} time steps, {chosen}{first}")
+    return [*notes, "outlined: where the map of the word peaks"] if notes else []
 
 
 def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
@@ -185,7 +268,7 @@ def _caption(
     at: tuple[int, int],
     token: int,
     text: str,
-    width: int,
+    width: float,
 ) -> None:
     number = f"{token + 1} "
     draw.text(at, number, _FADED, font)

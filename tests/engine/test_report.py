@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fastattr.demo.scenes import describe_in_detail, make_scene
 from fastattr.errors import InputError, SaveError
 from fastattr.report import notebook_html, overlay, write_html, write_png
-from fastattr.report.picture import MAX_CELLS, color_table
+from fastattr.report.picture import MAX_CELLS, MAX_ROWS, MAX_STEPS, color_table
 from fastattr.types import WHOLE_IMAGE, Attribution, AttributionConfig, Box
 
 WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s")  # every character belongs to one
@@ -430,13 +430,93 @@ def test_a_second_image_stands_beside_the_first(tmp_path: Path) -> None:
     assert two.shape[0] == one.shape[0]
 
 
-def test_video_shows_the_frame_with_the_most_mass(tmp_path: Path) -> None:
-    why = synthetic("circle", frames=4)
-    frames = np.stack([np.full((10, 10, 3), 60 * f, np.uint8) for f in range(4)])
-    heat = torch.zeros(1, 2, 2, 2)  # two map frames for four pictures: the second map begins at the third
-    heat[0, 1] = 1 / 255
-    sheet = sheet_of(replace(why, image=(heat,), pictures=(frames,)), tmp_path)
-    assert abs(int(sheet[100, 100, 0]) - 120) <= 1
+def plain_video(n_frames: int, heat: torch.Tensor) -> Attribution:
+    """`heat [target t h w]` over frames of one grey each, 10 levels brighter every time; a word a target."""
+    why = synthetic("x" + " x" * (len(heat) - 1))
+    pictures = np.stack([np.full((28, 28, 3), 10 * (f + 1), np.uint8) for f in range(n_frames)])
+    return replace(why, image=(heat,), pictures=(pictures,), picture_sizes=((28, 28),))
+
+
+def strip_of(sheet: np.ndarray, n: int, row: int = 0) -> list[int]:
+    """The grey at the middle of each of `n` frames of a row, 112 pixels wide and high, 4 apart, below a line of numbers."""
+    y = 16 + 26 + row * (112 + 26 + 12) + 56
+    return [int(sheet[y, 16 + k * 116 + 56].mean()) for k in range(n)]
+
+
+def outlined(sheet: np.ndarray, n: int, row: int = 0) -> list[int]:
+    """Which of `n` frames of a row have a line of ink on their left."""
+    y = 16 + 26 + row * (112 + 26 + 12) + 56
+    return [k for k in range(n) if sheet[y, 16 + k * 116 - 1].max() < 60]
+
+
+def test_a_video_is_a_strip_of_its_frames_one_row_a_word(tmp_path: Path) -> None:
+    heat = torch.zeros(3, 4, 2, 2)
+    heat[0, 2], heat[1, 0] = 0.001, 0.001  # too weak to be seen, and still the peak
+    sheet = sheet_of(plain_video(4, heat), tmp_path)
+    assert [strip_of(sheet, 4, row) for row in range(3)] == [[10, 20, 30, 40]] * 3
+    assert [outlined(sheet, 4, row) for row in range(3)] == [[2], [0], []]  # a dark map peaks nowhere
+    assert sheet.shape[0] == 16 + 26 + 3 * (112 + 26 + 12) - 12 + 2 * 26 + 16  # two lines of notes
+
+
+def test_frames_of_a_strip_carry_the_map_of_their_step(tmp_path: Path) -> None:
+    heat = torch.zeros(1, 3, 2, 2)
+    heat[0, 1] = 1.0
+    sheet = sheet_of(plain_video(5, heat), tmp_path)  # steps begin at the first, third and fifth frame
+    shown = strip_of(sheet, 3)
+    assert shown[0] == 10 and shown[2] == 50
+    assert abs(shown[1] - blend(30, 255).mean()) <= 1
+    assert outlined(sheet, 3) == [1]
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "n_steps", "first_frames"),
+    [
+        (16, 8, [1, 3, 5, 7, 9, 11, 13, 15]),
+        (22, 22, [1, 4, 7, 10, 13, 16, 19, 22]),
+        (9, 3, [1, 4, 7]),
+        (2, 4, [1, 1, 2, 2]),
+    ],
+)
+def test_a_strip_shows_at_most_eight_steps_evenly_chosen(
+    tmp_path: Path, n_frames: int, n_steps: int, first_frames: list[int]
+) -> None:
+    sheet = sheet_of(plain_video(n_frames, torch.zeros(1, n_steps, 2, 2)), tmp_path)
+    assert strip_of(sheet, len(first_frames)) == [10 * f for f in first_frames]
+    assert MAX_STEPS == 8
+    assert sheet.shape[1] >= 2 * 16 + len(first_frames) * 116 - 4
+
+
+def test_the_sheet_says_what_of_a_video_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heat = torch.zeros(100, 22, 2, 2)
+    heat[:, 1] = 1.0  # the second frame, which is not among the eight
+    said: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, at, text, *rest: (said.append(text), draw_text(self, at, text, *rest))
+    )
+    sheet = sheet_of(plain_video(22, heat), tmp_path)
+    assert said[:8] == [f"{f}/22" for f in (1, 4, 7, 10, 13, 16, 19, 22)]
+    assert said.count("peak at 2/22") == MAX_ROWS == 40
+    assert said[-3:] == [
+        "video 1: 22 frames, 22 time steps, 8 of them evenly chosen",
+        "outlined: where the map of the word peaks",
+        "… and 60 more tokens (40 of 100 shown)",
+    ]
+    assert outlined(sheet, 8) == []
+
+
+def test_a_video_beside_images_shares_its_rows(tmp_path: Path) -> None:
+    why = plain_video(3, torch.zeros(2, 3, 2, 2))
+    still = np.full((1, 28, 28, 3), 200, np.uint8)
+    both = replace(
+        why,
+        image=(torch.zeros(2, 1, 3, 3), *why.image),
+        pictures=(still, *why.pictures),
+        extents=(WHOLE_IMAGE,) * 2,
+    )
+    sheet = sheet_of(both, tmp_path)
+    y = 16 + 26 + 56
+    assert [int(sheet[y, x].mean()) for x in (16 + 56, 16 + 112 + 12 + 56, 16 + 112 + 12 + 116 + 56)] == [200, 10, 20]
 
 
 def test_long_responses_are_cut_and_say_so(tmp_path: Path) -> None:

@@ -311,29 +311,6 @@ def test_the_switch_changes_maps_and_tints(open_report: Open) -> None:
     assert (pixels(page) == first).all()
 
 
-def test_video_opens_at_the_frame_the_word_looks_at(open_report: Open) -> None:
-    why = synthetic(frames=4)
-    heat = torch.zeros(len(why), 4, 3, 3)
-    heat[0, 2], heat[1, 1] = 1.0, 1.0
-    page = open_report(replace(why, image=(heat,)))
-    picture = page.locator("figure img")
-    page.hover(token(0))
-    assert page.inner_text("figure output") == "3 / 4"
-    assert pixels(page).any()
-    third = picture.get_attribute("src")
-    page.hover(token(1))
-    assert page.inner_text("figure output") == "2 / 4"
-    assert picture.get_attribute("src") != third
-    page.click(token(0))
-    page.locator("figure input").fill("0")
-    assert not pixels(page).any()
-    page.click("figure button")
-    page.wait_for_function("document.querySelector('figure output').textContent === '3 / 4'")
-    assert picture.get_attribute("src") == third
-    page.click("figure button")
-    assert page.inner_text("figure button") == "Play"
-
-
 def test_the_overlay_lies_on_the_part_the_grid_covers(open_report: Open) -> None:
     page = open_report(synthetic(extent=(0.25, 0.0, 0.75, 0.5)))
     stack, canvas = (page.locator(name).bounding_box() for name in (".stack", "canvas.overlay"))

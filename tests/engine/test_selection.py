@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
-from fastattr import InputError, PhraseError
+from fastattr import Attribution, InputError, PhraseError
 from fastattr.selection import peak_box
 from tests.engine.samples import make_attribution
 
@@ -91,6 +92,68 @@ def test_several_images_are_asked_for_by_number() -> None:
     assert selection.overlay(1).size == (96, 64)
     with pytest.raises(InputError, match="image is 2, but this attribution holds 2 pictures"):
         selection.overlay(2)
+
+
+def video(n_frames: int, n_steps: int, **peaks: float) -> Attribution:
+    """A video whose frames are greys of 10 times their number, for `red`, lit at step k's own cell: `step_1=0.5`."""
+    why = make_attribution(grids=((n_steps, 4, 6),))
+    maps = torch.zeros_like(why.image[0])
+    for name, height in peaks.items():
+        step = int(name.removeprefix("step_"))
+        maps[1, step, 1, step] = height
+    pictures = np.stack([np.full((64, 96, 3), 10 * f, np.uint8) for f in range(n_frames)])
+    return dataclasses.replace(why, image=(maps,), pictures=(pictures,))
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "n_steps", "first_frames"),
+    [
+        (4, 4, [0, 1, 2, 3]),
+        (8, 4, [0, 2, 4, 6]),
+        (7, 4, [0, 2, 4, 6]),  # the last frame was repeated to fill its step
+        (5, 3, [0, 2, 4]),
+        (2, 4, [0, 0, 1, 1]),
+    ],
+)
+def test_frame_box_and_overlay_of_a_video_are_of_the_step_where_it_peaks(
+    n_frames: int, n_steps: int, first_frames: list[int]
+) -> None:
+    for step, frame in enumerate(first_frames):
+        found = video(n_frames, n_steps, **{f"step_{step}": 0.5})["red circle"]
+        assert found.frames == (frame,) and found.frame == frame
+        assert found.box is not None
+        left, _, right, _ = found.box
+        assert (left + right) / 2 == pytest.approx(16 * (step + 0.5), abs=8)  # each step lights a cell of its own
+        drawn = np.asarray(found.overlay())
+        assert (drawn[-1, -1] == 10 * frame).all()  # a corner without heat shows the frame
+        assert (drawn[24, 16 * step + 8] != 10 * frame).any()
+
+
+def test_a_step_is_chosen_by_its_peak_and_not_by_its_mass() -> None:
+    why = video(3, 3, step_2=0.9)
+    why.image[0][1, 0] = 0.5  # lit all over
+    found = why["red"]
+    assert found.map.sum(dim=(1, 2)).argmax() == 0
+    assert found.frame == 2
+    assert found.box is not None and found.box[0] > 16
+    assert np.asarray(found.overlay())[-1, -1, 0] == 20
+
+
+def test_of_equal_peaks_the_first_counts_and_a_dark_video_has_no_frame() -> None:
+    assert video(3, 3, step_1=0.5, step_2=0.5)["red"].frame == 1
+    dark = video(3, 3)["red"]
+    assert dark.frame is None and dark.box is None
+    assert (np.asarray(dark.overlay()) == 0).all()  # the first frame, as it is
+
+
+def test_frames_of_images_are_nought_and_several_are_asked_for_by_number() -> None:
+    assert make_attribution()["red"].frame == 0
+    both = make_attribution(grids=((1, 4, 6), (3, 2, 2)))["red"]
+    assert both.frames == (0, int(both.maps[1].flatten(1).amax(1).argmax()))
+    with pytest.raises(InputError, match=r"2 images; use \.frames\[i\] instead of \.frame"):
+        _ = both.frame
+    with pytest.raises(InputError, match="frames are counted in the pictures, but this attribution was made without"):
+        _ = make_attribution(pictures=False)["red"].frame
 
 
 def test_without_evidence_and_pictures() -> None:
