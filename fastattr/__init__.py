@@ -28,22 +28,25 @@ from fastattr.streaming import Step, Stream, TokenStream, stream
 from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout, View
 
 if TYPE_CHECKING:
-    from fastattr.adapters import Model, StateBuffer, capture, load, wrap
+    from fastattr.adapters import Family, Look, Model, Shown, StateBuffer, capture, load, register_adapter, wrap
 
 __all__ = [
     "Attribution",
     "AttributionConfig",
     "BackendError",
     "Chat",
+    "Family",
     "FastattrError",
     "ImageError",
     "ImageGroup",
     "InputError",
+    "Look",
     "Model",
     "OutputHead",
     "PhraseError",
     "SaveError",
     "ScaleError",
+    "Shown",
     "StateBuffer",
     "StatesError",
     "Step",
@@ -58,11 +61,12 @@ __all__ = [
     "attribute_states",
     "capture",
     "load",
+    "register_adapter",
     "stream",
     "wrap",
 ]
 
-_FROM_ADAPTERS = ("Model", "StateBuffer", "capture", "load", "wrap")
+_FROM_ADAPTERS = ("Family", "Look", "Model", "Shown", "StateBuffer", "capture", "load", "register_adapter", "wrap")
 
 
 def __getattr__(name: str) -> object:

@@ -359,7 +359,8 @@ class Attribution:
         log_prob, agreement, raw_range, residual, degenerate: see `TokenMaps`.
         grids: for each scale and image the `(t, h, w)` that was read.
         extents: for each image the part its grid covers, see `ImageGroup.extent`.
-        pictures: uint8 `[t height width 3]` for display, possibly smaller than the source.
+        pictures: uint8 `[frame height width 3]` for display, possibly smaller than the source. A video may hold more
+            frames than its map has time steps: frame `f` of `m` is of step `f * t // m`.
         picture_sizes: `(height, width)` of the sources in pixels; boxes are in these pixels.
         source: `replay`, `capture` or `states`.
         backend: `triton` or `torch`, what ran.
@@ -457,7 +458,7 @@ class Attribution:
         return write_html((self, *others), path)
 
     def to_png(self, path: str | Path) -> Path:
-        """Write a grid of overlays, one a token. Raises `SaveError`."""
+        """Write a grid of overlays, one a token; of a video a strip of frames, a row a token. Raises `SaveError`."""
         from fastattr.report import write_png
 
         return write_png(self, path)

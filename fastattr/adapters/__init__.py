@@ -8,12 +8,23 @@ from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
 from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
-from fastattr.adapters.families import FAMILIES, Family, Look, Looks, Shown
+from fastattr.adapters.families import (
+    FAMILIES,
+    REASONS,
+    Family,
+    Look,
+    Looks,
+    Shown,
+    register_adapter,
+    registered_family,
+    registered_types,
+)
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
 from fastattr.adapters.states import generate, log_probs_of_images, replay, replay_batch
 
 __all__ = [
     "FAMILIES",
+    "REASONS",
     "CapturedStates",
     "Decoder",
     "EncodedExample",
@@ -33,6 +44,9 @@ __all__ = [
     "hide_loading_bars",
     "load",
     "log_probs_of_images",
+    "register_adapter",
+    "registered_family",
+    "registered_types",
     "replay",
     "replay_batch",
     "wrap",

@@ -215,6 +215,12 @@ def captured_reading(
             f"generate was given {states.n_prompts} prompts at once, expected one: their images cannot be told apart; use "
             "attribute_batch, or capture one prompt at a time"
         )
+    mask = states.model_inputs.get("attention_mask")
+    if mask is not None and not bool(mask[0, -1]):
+        raise InputError(
+            "generate was given a prompt padded behind its end, so that its first token was predicted at padding; pad in "
+            "front (padding_side='left')"
+        )
     sequence = sequences[0].to(prefill.device)
     start = len(prefill)
     if not torch.equal(sequence[:start], prefill):

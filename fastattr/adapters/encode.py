@@ -328,8 +328,8 @@ def _process_scaled(
     every = [look for of_kind in base for looks in of_kind for look in looks]
     if model.family.enlarge is None:
         raise ScaleError(
-            f"{model.name} ({model.family.name}) always uses {every[0].n_placeholders} tokens an image, so scale {scale:g} "
-            "cannot be shown to it; use scales=(1.0,)"
+            f"{model.name} ({model.family.name}) always uses {every[0].n_placeholders} tokens "
+            f"{'a tile' if model.family.tiles else 'an image'}, so scale {scale:g} cannot be shown to it; use scales=(1.0,)"
         )
     cell = model.family.cell(model.config)
     wanted = [_scaled(look, scale) for look in every]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -72,7 +71,7 @@ def _is_plain(module: nn.Module) -> bool:
 @torch.no_grad()
 def _applied(module: nn.Module, dim: int, model_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The matrix `[vocab dim]` and the bias that a module applies: its answers to one-hot states, a few at a time."""
-    held = next(chain(module.parameters(), module.buffers()), None)
+    held = next(module.parameters(), None)  # bytes, or none at all, where it is quantised
     dtype = held.dtype if held is not None and held.is_floating_point() else model_dtype
     nothing = torch.zeros(1, dim, dtype=dtype, device=device_of(module))
     bias = module(nothing)[0]
@@ -101,10 +100,12 @@ def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> Out
     states, logits = seen[-1][0, -1:].to(weight.device), logits.to(weight.device)
     # a spread of ids: the whole matrix in float32 would cost gigabytes in a large model
     sample = torch.linspace(0, len(weight) - 1, min(len(weight), PROVEN_IDS), device=weight.device).long()
-    theirs = logits[sample].relu()
+    theirs = logits[sample]
 
     def gaps(head: OutputHead) -> Tensor:
-        return (class_activations(states, head, sample)[:, 0] - theirs).abs()
+        bias = None if head.bias is None else head.bias[sample]
+        part = replace(head, weight=head.weight[sample], bias=bias, valid_vocab=None)
+        return (_logits(states, part) - theirs).abs()
 
     head = min(candidates, key=lambda each: gaps(each).square().mean().item())
     size = logits.abs().max().item()
@@ -117,3 +118,10 @@ def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> Out
             "linear layer with bias, logit scale and soft-cap, so token activations would be wrong"
         )
     return head
+
+
+def _logits(states: Tensor, head: OutputHead) -> Tensor:
+    """`[vocab]` of one state `[1 dim]`. Class activations are cut off at 0; those of the turned head are the others."""
+    turned = replace(head, weight=-head.weight, bias=None if head.bias is None else -head.bias)
+    every = torch.arange(len(head.weight), device=head.weight.device)
+    return (class_activations(states, head, every) - class_activations(states, turned, every))[:, 0]

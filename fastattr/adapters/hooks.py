@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,9 @@ def decoder_of(hf_model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no text decoder of its own (get_decoder); explain it from its hidden states "
             "with attribute_states"
         )
-    return decoder
+    if isinstance(getattr(decoder, "lm_head", None), nn.Module):  # a whole language model, as in Llama 4
+        return cast(nn.Module, decoder.model)
+    return cast(nn.Module, decoder)
 
 
 def layer_modules(hf_model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module | None]:
@@ -79,7 +81,12 @@ def layer_modules(hf_model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module
     decoder = decoder_of(hf_model)
     layers = getattr(decoder, "layers", None)
     norm = next(
-        (getattr(decoder, name) for name in ("norm", "final_layernorm", "ln_f") if hasattr(decoder, name)), None
+        (
+            getattr(decoder, name)
+            for name in ("norm", "final_layernorm", "ln_f", "embedding_norm")
+            if hasattr(decoder, name)
+        ),
+        None,
     )
     if layer == -1 or (layers is not None and layer == len(layers)):
         return decoder, None

@@ -51,7 +51,7 @@ class Model:
 
     @property
     def image_token_id(self) -> int:
-        return int(self.config.image_token_id)
+        return int(getattr(self.config, self.family.image_token))
 
     @property
     def video_token_id(self) -> int | None:

@@ -1,16 +1,21 @@
 """Loading a processor, also where transformers would demand torchvision for a part that is not needed.
 
 The image half and the tokenizer of these processors load without torchvision; only the joint class
-asks for it, for video. `ComposedProcessor` joins the two halves for still images.
+asks for it, for video. `ComposedProcessor` joins the two halves for still images, `FilmProcessor` makes videos from
+them too.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastattr.adapters.films import Limits, film_patches, frame_size, step_seconds
 from fastattr.errors import UnsupportedModelError
 
 
@@ -45,6 +50,88 @@ class ComposedProcessor:
         taken = self.image_processor.model_input_names  # what is left over only tells how text is expanded
         encoded.update({name: value for name, value in image_inputs.items() if name in taken})
         return encoded
+
+
+@dataclass(frozen=True)
+class FilmStyle:
+    """How a family shows videos.
+
+    Attributes:
+        token: the placeholder in the rendered chat.
+        write: `(tokens of a time step, (first, last) seconds of every step) -> text` that replaces it.
+        limits: pixels by default, at least and at most.
+        counts_all: they count the pixels of all frames together, rather than of one frame.
+        paced: the model is told the seconds between steps.
+    """
+
+    token: str
+    write: Callable[[int, Sequence[tuple[float, float]]], str]
+    limits: Limits
+    counts_all: bool = True
+    paced: bool = False
+
+
+@dataclass(frozen=True)
+class FilmProcessor(ComposedProcessor):
+    """One that reads videos too, as lists of frames. All of them are shown, none is sampled.
+
+    Attributes:
+        style: how the family shows videos.
+        limits: pixels, at least and at most, where the model's directory says other ones than the family.
+        frames_per_second: of the videos. Frames do not say it; 24 is what transformers takes where nobody does.
+    """
+
+    style: FilmStyle
+    limits: Limits | None = None
+    frames_per_second: float = 24.0
+
+    def __call__(
+        self,
+        text: Sequence[str],
+        images: Sequence[Any] = (),
+        return_tensors: str = "pt",
+        videos: Sequence[Sequence[Any]] = (),
+        do_sample_frames: bool = False,
+        **options: Any,
+    ) -> Any:
+        if do_sample_frames:
+            raise ValueError("do_sample_frames is True, but all frames are shown; pass the ones to be shown")
+        shown: dict[str, Any] = {}
+        if images:
+            shown |= self.image_processor(list(images), return_tensors=return_tensors, **options)
+        stills = [self.expand(shown, i) for i in range(len(images))]
+        films = [self._read(frames, options.get("size")) for frames in videos]
+        if films:
+            shown["pixel_values_videos"] = torch.cat([patches for patches, _, _ in films])
+            shown["video_grid_thw"] = torch.tensor([grid for _, grid, _ in films])
+            if self.style.paced:
+                pace = self.image_processor.temporal_patch_size / self.frames_per_second
+                shown["second_per_grid_ts"] = torch.full((len(films),), pace)
+        marks = {self.image_token: iter(stills), self.style.token: iter([written for _, _, written in films])}
+        pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text[0])
+        for mark, given, what in ((self.image_token, images, "images"), (self.style.token, videos, "videos")):
+            if pieces.count(mark) != len(given):
+                raise ValueError(f"the text holds {pieces.count(mark)} placeholders {mark} for {len(given)} {what}")
+        expanded = "".join(next(marks[piece]) if piece in marks else piece for piece in pieces)
+        encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
+        encoded.update(shown)
+        return encoded
+
+    def _read(self, frames: Sequence[Any], size: Any) -> tuple[torch.Tensor, list[int], str]:
+        """Patches, their grid, and the text of one video."""
+        images = self.image_processor
+        limits = self.limits or self.style.limits
+        if size is not None:
+            limits = (size["shortest_edge"], size["longest_edge"])
+        cell = images.patch_size * images.merge_size
+        width, height = frames[0].size
+        patches, grid = film_patches(
+            images,
+            frames,
+            frame_size((height, width), len(frames), cell, limits, counts_all=self.style.counts_all),
+        )
+        seconds = step_seconds(len(frames), images.temporal_patch_size, self.frames_per_second)
+        return patches, grid, self.style.write(grid[1] * grid[2] // images.merge_size**2, seconds)
 
 
 def load_processor(source: str | Path) -> Any:
@@ -100,14 +187,59 @@ def _tokenizer(source: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(source)
 
 
-def _qwen(source: str | Path) -> ComposedProcessor:
-    image_processor = _images(source)
-    token = "<|image_pad|>"
-
+def grid_tokens(image_processor: Any, token: str) -> Callable[[Any, int], str]:
     def expand(inputs: Any, index: int) -> str:
         return token * int(inputs["image_grid_thw"][index].prod() // image_processor.merge_size**2)
 
-    return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
+    return expand
+
+
+def _film_limits(source: str | Path) -> Limits | None:
+    """Those a model's directory gives for videos, or for everything it is shown."""
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    said, _ = BaseVideoProcessor.get_video_processor_dict(source)
+    size = said.get("size") or {}
+    least = said.get("min_pixels") or size.get("shortest_edge")
+    most = said.get("max_pixels") or size.get("longest_edge")
+    return (least, most) if least and most else None
+
+
+def _films(style: FilmStyle, token: str) -> Callable[[str | Path], FilmProcessor]:
+    """Processors whose pictures are grids of patches, for still images and videos."""
+
+    def compose(source: str | Path) -> FilmProcessor:
+        images = _images(source)
+        return FilmProcessor(images, _tokenizer(source), token, grid_tokens(images, token), style, _film_limits(source))
+
+    return compose
+
+
+def _plain_steps(n_tokens: int, seconds: Sequence[tuple[float, float]]) -> str:
+    return "<|video_pad|>" * n_tokens * len(seconds)
+
+
+def _timed_steps(n_tokens: int, seconds: Sequence[tuple[float, float]]) -> str:
+    """Qwen3-VL writes when the middle of each step is."""
+    step = f"<|vision_start|>{'<|video_pad|>' * n_tokens}<|vision_end|>"
+    return "".join(f"<{(first + last) / 2:.1f} seconds>{step}" for first, last in seconds)
+
+
+def _glm_steps(when: Callable[[float], str]) -> Callable[[int, Sequence[tuple[float, float]]], str]:
+    """GLM-4V shows a step as an image and writes behind it when it began."""
+
+    def write(n_tokens: int, seconds: Sequence[tuple[float, float]]) -> str:
+        step = f"<|begin_of_image|>{'<|image|>' * n_tokens}<|end_of_image|>"
+        return "".join(step + when(first) for first, _ in seconds)
+
+    return write
+
+
+QWEN2_FILMS = FilmStyle("<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False)
+QWEN2_5_FILMS = replace(QWEN2_FILMS, paced=True)
+QWEN3_FILMS = FilmStyle("<|video_pad|>", _timed_steps, (128 * 32**2, 768 * 32**2))
+GLM_FILMS = FilmStyle("<|video|>", _glm_steps(lambda first: str(int(first))), (112**2, 60_000 * 28**2))
+GLM46_FILMS = replace(GLM_FILMS, write=_glm_steps(lambda first: f"{first:.1f} seconds"))
 
 
 def _pixtral(source: str | Path) -> ComposedProcessor:
@@ -127,28 +259,49 @@ def _pixtral(source: str | Path) -> ComposedProcessor:
 
 
 def _smolvlm(source: str | Path) -> ComposedProcessor:
-    image_processor = _images(source)
+    return join_smolvlm(_images(source, return_row_col_info=True), _tokenizer(source))
+
+
+def join_smolvlm(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
+    """Of Idefics3 and SmolVLM; the image half must return rows and columns of tiles."""
     token, around = "<image>", "<fake_token_around_image>"
+    whole = (
+        f"{around}<global-img>{token}{around}"  # one placeholder a tile: `encode` gives it as many as its grid needs
+    )
 
     def expand(inputs: Any, index: int) -> str:
-        return f"{around}<global-img>{token}{around}"  # one placeholder: `encode` gives it as many as the grid needs
+        rows, columns = (inputs[name][0][index] for name in ("rows", "cols"))
+        tiles = [
+            "".join(f"{around}<row_{row + 1}_col_{column + 1}>{token}" for column in range(columns)) + "\n"
+            for row in range(rows)
+        ]
+        return "".join([*tiles, "\n", whole] if tiles else [whole])
 
-    return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
+    return ComposedProcessor(image_processor, tokenizer, token, expand)
 
 
 def _internvl(source: str | Path) -> ComposedProcessor:
-    image_processor = _images(source)
+    return join_internvl(
+        _images(source, crop_to_patches=True), _tokenizer(source)
+    )  # the joint class cuts, whatever is saved
+
+
+def join_internvl(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
+    """Of InternVL."""
     token = "<IMG_CONTEXT>"
 
     def expand(inputs: Any, index: int) -> str:
-        return f"<img>{token}</img>"
+        return f"<img>{token * int(inputs['num_patches'][index])}</img>"  # one placeholder a tile
 
-    return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
+    return ComposedProcessor(image_processor, tokenizer, token, expand)
 
 
 _COMPOSE: dict[str, Callable[[str | Path], ComposedProcessor]] = {
-    "qwen2_vl": _qwen,
-    "qwen2_5_vl": _qwen,
+    "qwen2_vl": _films(QWEN2_FILMS, "<|image_pad|>"),
+    "qwen2_5_vl": _films(QWEN2_5_FILMS, "<|image_pad|>"),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _films(QWEN3_FILMS, "<|image_pad|>")),
+    **dict.fromkeys(("glm4v", "glm4v_moe"), _films(GLM_FILMS, "<|image|>")),
+    **dict.fromkeys(("glm46v", "glm_ocr"), _films(GLM46_FILMS, "<|image|>")),
     "llava": _pixtral,
     "mistral3": _pixtral,
     "smolvlm": _smolvlm,

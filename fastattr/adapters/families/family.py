@@ -29,23 +29,25 @@ class Look:
         box: what they cover, `(left, top, right, bottom)` as shares of the picture; beyond 0 and 1 is padding.
         row_end: placeholders behind each row that show nothing (line breaks of the picture).
         end: placeholders behind the last row that show nothing.
+        start: placeholders before the first row that show nothing.
     """
 
     grid: Grid
     box: Box = WHOLE_IMAGE
     row_end: int = 0
     end: int = 0
+    start: int = 0
 
     @property
     def n_placeholders(self) -> int:
         t, h, w = self.grid
-        return t * h * (w + self.row_end) + self.end
+        return self.start + t * h * (w + self.row_end) + self.end
 
     def cells(self, placeholders: Sequence[int]) -> list[int]:
         """Those of its placeholders that show something, in row-major order."""
         t, h, w = self.grid
         line = w + self.row_end
-        return [placeholders[row * line + column] for row in range(t * h) for column in range(w)]
+        return [placeholders[self.start + row * line + column] for row in range(t * h) for column in range(w)]
 
 
 Looks = tuple[Look, ...]  # at one picture, in the order of the text
@@ -96,6 +98,7 @@ class Family:
         enlarge: `(processor, (height, width), scale) -> options` for showing pictures at `scale` times their size by
             default, which makes the largest one `height x width`; None if the number of tokens is fixed.
         watch: what was shown, to the looks at every video; None where videos are shown as their frames, one image each.
+        image_token: the configuration's name of the id that stands for an image.
         film_token: the configuration's name of the id that stands for a video.
         filmed: processor options used where a video is shown as one, for example so that no frame is left out.
         always: processor options used at every scale.
@@ -112,6 +115,7 @@ class Family:
     cell: Callable[[Config], int]
     enlarge: Callable[[Any, Size, float], dict[str, Any]] | None
     watch: Callable[[Shown], list[Looks]] | None = None
+    image_token: str = "image_token_id"
     film_token: str = "video_token_id"
     filmed: Mapping[str, Any] | None = None
     always: Mapping[str, Any] | None = None

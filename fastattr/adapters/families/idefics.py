@@ -1,10 +1,15 @@
-"""Idefics3 and SmolVLM: large pictures cut into rows and columns of tiles, the whole picture behind them."""
+"""Idefics3 and SmolVLM: a picture squeezed onto rows and columns of tiles, the whole picture behind them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size, patch, whole
+from fastattr.adapters.families.cuts import image_option
+from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size, image_half, patch
+from fastattr.adapters.families.tiles import Shape, read_tiles
+
+NAME = "Idefics3, SmolVLM"
 
 
 def cell(config: Config) -> int:
@@ -12,16 +17,44 @@ def cell(config: Config) -> int:
 
 
 def look(shown: Shown) -> list[Looks]:
-    pixels = shown.inputs["pixel_values"]
-    height, width = (int(length) // cell(shown.config) for length in pixels.shape[-2:])
-    return whole([(1, height, width)] * (pixels.shape[0] * pixels.shape[1]))
+    tile = int(shown.inputs["pixel_values"].shape[-1])
+    edge = tile // cell(shown.config)
+
+    def shape(size: Size) -> Shape:
+        longest, own = (image_option(shown, NAME, name)["longest_edge"] for name in ("size", "max_image_size"))
+        return shape_of(size, tile, round(longest * tile / own))
+
+    return read_tiles(NAME, shown, (1, edge, edge), shape)
 
 
-def one_tile(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    longest = max(size)
-    return {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": longest}}
+def shape_of(size: Size, tile: int, longest: int) -> Shape:
+    """Rows and columns of tiles of a picture whose longer side is first made `longest` pixels.
+
+    Rounded step by step as the processor does: a pixel more can be a row more.
+    """
+    height, width = _sides(size, longest)
+    height += height % 2 if size[1] >= size[0] else 0
+    width += width % 2 if size[1] < size[0] else 0
+    height, width = _sides((height, width), math.ceil(max(height, width) / tile) * tile)
+    return math.ceil(height / tile), math.ceil(width / tile)
 
 
-IDEFICS3 = Family("Idefics3, SmolVLM", look, cell, one_tile, always={"do_image_splitting": False})
+def _sides(size: Size, longest: int) -> Size:
+    """The picture with its longer side made `longest` pixels, the other rounded down."""
+    height, width = size
+    if width >= height:
+        return max(1, int(longest / (width / height))), longest
+    return longest, max(1, int(longest * (width / height)))
+
+
+def larger_tiles(processor: Any, size: Size, scale: float) -> dict[str, Any]:
+    """As many tiles, each larger."""
+    images = image_half(processor)
+    tile = max(size)
+    longest = round(images.size["longest_edge"] * tile / images.max_image_size["longest_edge"])
+    return {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": tile}}
+
+
+IDEFICS3 = Family(NAME, look, cell, larger_tiles, resized=False, tiles=True)
 
 FAMILIES = {"idefics3": IDEFICS3, "smolvlm": IDEFICS3}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from fastattr.adapters.families.cuts import image_option
+from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size, patch
+from fastattr.adapters.families.tiles import Shape, nearest_shape, read_tiles, square_tile
 
-from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size, patch, whole
+NAME = "InternVL"
 
 
 def cell(config: Config) -> int:
@@ -13,15 +14,15 @@ def cell(config: Config) -> int:
 
 
 def look(shown: Shown) -> list[Looks]:
-    pixels = shown.inputs["pixel_values"]
-    height, width = (int(length) // cell(shown.config) for length in pixels.shape[-2:])
-    return whole([(1, height, width)] * math.prod(pixels.shape[:-3]))
+    height, width = shown.inputs["pixel_values"].shape[-2:]
+
+    def shape(size: Size) -> Shape:
+        fewest, most = (image_option(shown, NAME, name) for name in ("min_patches", "max_patches"))
+        return nearest_shape(size, (height, width), fewest, most)
+
+    return read_tiles(NAME, shown, (1, height // cell(shown.config), width // cell(shown.config)), shape)
 
 
-def square_tile(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    return {"size": {"height": max(size), "width": max(size)}}
+INTERNVL = Family(NAME, look, cell, square_tile, resized=False, tiles=True)
 
-
-INTERNVL = Family("InternVL", look, cell, square_tile, always={"crop_to_patches": False})
-
-FAMILIES = {"internvl": INTERNVL}
+FAMILIES = {"internvl": INTERNVL, "qianfan_ocr": INTERNVL}

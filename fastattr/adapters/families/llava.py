@@ -1,12 +1,12 @@
-"""LLaVA-1.5: one square a picture, its centre or all of it squeezed."""
+"""LLaVA-1.5: one square a picture: its centre, all of it squeezed, or all of it padded."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from fastattr.adapters.families.family import Family, Look, Looks, Shown, Size, image_half, patch
-from fastattr.errors import UnsupportedModelError
 from fastattr.types import WHOLE_IMAGE, Box
 
 
@@ -15,29 +15,32 @@ def look(shown: Shown) -> list[Looks]:
     height, width = pixels.shape[-2:]
     cell = patch(shown.config)
     n = math.prod(pixels.shape[:-3])
-    boxes = [extent_of(shown.processor, size) for size in shown.sizes] if shown.sizes is not None else [WHOLE_IMAGE] * n
+    sizes = shown.sizes_for("LLaVA", "pads pictures by their size") if pads(shown.processor) else shown.sizes
+    boxes = [extent_of(shown.processor, size) for size in sizes] if sizes is not None else [WHOLE_IMAGE] * n
     if len(boxes) != n:  # said by whoever counts them
         boxes = [WHOLE_IMAGE] * n
     return [(Look((1, height // cell, width // cell), box),) for box in boxes]
 
 
 def extent_of(processor: Any, size: Size) -> Box:
-    """The part of a picture of `size` that is shown.
+    """The part of a picture of `size` that is shown, beyond 0 and 1 where it is padded to a square."""
+    if pads(processor):
+        return padded_to_square(size)
+    return centre_square(size) if keeps_centre(processor) else WHOLE_IMAGE
 
-    Raises:
-        UnsupportedModelError: the processor pads pictures, so that the grid covers more than the picture.
-    """
+
+def padded_to_square(size: Size) -> Box:
+    """A square around a picture in its middle, as shares of the picture."""
     height, width = size
-    if height == width:
-        return WHOLE_IMAGE
-    if getattr(image_half(processor), "do_pad", None):
-        raise UnsupportedModelError(
-            f"{type(processor).__name__} pads pictures to a square, expected one that crops or squeezes them; turn "
-            "do_pad off, or pad the picture yourself"
-        )
-    if not keeps_centre(processor):
-        return WHOLE_IMAGE
-    shorter = min(height, width)
+    edge = max(size)
+    top, left = (edge - height) // 2, (edge - width) // 2
+    return -left / width, -top / height, (edge - left) / width, (edge - top) / height
+
+
+def centre_square(size: Size) -> Box:
+    """The largest square in the middle of a picture, as shares of the picture."""
+    height, width = size
+    shorter = min(size)
     return (
         (1 - shorter / width) / 2,
         (1 - shorter / height) / 2,
@@ -46,15 +49,23 @@ def extent_of(processor: Any, size: Size) -> Box:
     )
 
 
+def pads(processor: Any) -> bool:
+    """Whether pictures are padded to a square."""
+    return bool(getattr(image_half(processor), "do_pad", None))
+
+
 def keeps_centre(processor: Any) -> bool:
     """Whether the shorter side is resized and the centre cropped, as in LLaVA-1.5, rather than everything squeezed.
 
     A processor that does not show its image half is taken to crop.
     """
     images = image_half(processor)
-    if images is None:
-        return True
-    return bool(getattr(images, "do_center_crop", False)) and "shortest_edge" in images.size
+    return images is None or crops(images)
+
+
+def crops(half: Any) -> bool:
+    """Whether an image or video processor resizes the shorter side and crops the centre."""
+    return bool(getattr(half, "do_center_crop", False)) and "shortest_edge" in half.size
 
 
 def square_crop(processor: Any, size: Size, scale: float) -> dict[str, Any]:
@@ -66,4 +77,6 @@ def square_crop(processor: Any, size: Size, scale: float) -> dict[str, Any]:
 
 LLAVA = Family("LLaVA-1.5", look, patch, square_crop, resized=False, interpolates=True)
 
-FAMILIES = {"llava": LLAVA}
+VIP_LLAVA = replace(LLAVA, name="ViP-LLaVA")
+
+FAMILIES = {"llava": LLAVA, "vipllava": VIP_LLAVA}

@@ -1,4 +1,8 @@
-"""Qwen-VL and its kin: any size, patches merged two by two, grids given as `(t, h, w)` patches."""
+"""Qwen-VL and its kin: any size, patches merged two by two, grids given as `(t, h, w)` patches.
+
+A video is one grid: a temporal patch holds two frames, so `t` counts pairs. Qwen3-VL writes the time of every pair
+before its tokens, which changes nothing here, since those are found by their id.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,53 @@ from typing import Any
 
 from fastattr.adapters.families.family import Family, Looks, Shown, Size, merge, merged_patch, whole
 
+UNLIMITED = {"shortest_edge": 1, "longest_edge": 2**40}  # pixels
+EVERY_FRAME = {"do_sample_frames": False}
+
 
 def look(shown: Shown) -> list[Looks]:
-    return _from_patches(shown, "image_grid_thw")
+    return looks_from(shown, "image_grid_thw")
 
 
-def _from_patches(shown: Shown, name: str) -> list[Looks]:
+def watch(shown: Shown) -> list[Looks]:
+    return looks_from(shown, "video_grid_thw")
+
+
+def looks_from(shown: Shown, name: str) -> list[Looks]:
+    """One look at every picture, from the input that holds `(t, h, w)` patches of each."""
     factor = merge(shown.config)
     return whole([(t, h // factor, w // factor) for t, h, w in shown.inputs[name].tolist()])
 
 
-def pixel_budget(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    area = size[0] * size[1]
-    return {"size": {"shortest_edge": min(area, 56 * 56), "longest_edge": max(2 * area, 56 * 56)}}
+def no_limit(processor: Any, size: Size, scale: float) -> dict[str, Any]:
+    """Pictures come at the size of their grid, so the processor shall not change it: some count every frame's pixels."""
+    return {"size": UNLIMITED}
 
 
-QWEN2 = Family("Qwen2-VL, Qwen2.5-VL", look, merged_patch, pixel_budget, token_types="mm_token_type_ids")
+def qwen(name: str, *, films: bool = True) -> Family:
+    return Family(
+        name,
+        look,
+        merged_patch,
+        no_limit,
+        watch=watch if films else None,
+        token_types="mm_token_type_ids",
+        filmed=EVERY_FRAME,
+    )
 
-FAMILIES = {"qwen2_vl": QWEN2, "qwen2_5_vl": QWEN2}
+
+QWEN2 = qwen("Qwen2-VL, Qwen2.5-VL")
+QWEN3 = qwen("Qwen3-VL")
+QWEN3_5 = qwen("Qwen3.5")
+
+FAMILIES = {
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": QWEN2,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5,
+    "exaone4_5": qwen("EXAONE 4.5"),
+    "paddleocr_vl": qwen("PaddleOCR-VL", films=False),  # reads no videos
+    "ernie4_5_vl_moe": qwen("ERNIE 4.5 VL", films=False),  # its video half draws the time into the frames
+}

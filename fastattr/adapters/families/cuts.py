@@ -1,0 +1,46 @@
+"""How a processor cuts pictures: what it is set to, and a check of what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastattr.adapters.families.family import Looks, Shown, image_half
+from fastattr.errors import TokenLayoutError
+
+
+def image_option(shown: Shown, family: str, name: str, usual: Any = None) -> Any:
+    """What a processor's option for images is set to: by the processor itself, else by its image half.
+
+    Args:
+        family: for errors.
+        usual: taken where the option is there and empty.
+
+    Raises:
+        TokenLayoutError: the processor does not show its options, and nothing can be read from the model's inputs alone.
+    """
+    own = getattr(shown.processor, "images_kwargs", None) or {}
+    images = image_half(shown.processor)
+    if name in own:
+        return own[name]
+    if not hasattr(images, name):
+        raise TokenLayoutError(
+            f"{family} cuts pictures by the option {name}, but {type(shown.processor).__name__} shows no image_processor "
+            "that has it; give your processor the attribute image_processor, or let it make one tile of a picture"
+        )
+    value = getattr(images, name)
+    return usual if value is None else value
+
+
+def check_count(family: str, shown: Shown, n_came: int, pictures: Sequence[Looks]) -> None:
+    """That as many tiles came as the pictures are looked at.
+
+    Raises:
+        TokenLayoutError: the processor cut otherwise.
+    """
+    counts = [len(looks) for looks in pictures]
+    if sum(counts) != n_came:
+        raise TokenLayoutError(
+            f"pixel_values holds {n_came} tiles, but {family} makes {counts} of pictures of {list(shown.sizes or ())} "
+            "(height, width) as the processor is set: it was called with other options, or these are other pictures"
+        )

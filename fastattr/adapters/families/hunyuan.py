@@ -1,0 +1,19 @@
+"""HunYuan-VL: grids of patches, whose rows end with a token each, between a first and a last one for the picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastattr.adapters.families.family import Family, Looks, Shown, merged_patch
+from fastattr.adapters.families.qwen import looks_from, no_limit
+
+
+def look(shown: Shown) -> list[Looks]:
+    marks = 1 if getattr(shown.processor, "cat_extra_token", True) else 0
+    grids = looks_from(shown, "image_grid_thw")
+    return [tuple(replace(each, start=marks, row_end=1, end=marks) for each in looks) for looks in grids]
+
+
+HUNYUAN = Family("HunYuan-VL", look, merged_patch, no_limit, token_types="mm_token_type_ids")
+
+FAMILIES = {"hunyuan_vl": HUNYUAN}

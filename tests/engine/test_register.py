@@ -1,0 +1,127 @@
+"""Families of others: registered in a program or brought by a package, as the documentation says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import fastattr
+from fastattr.adapters.families import registry
+from tests.engine import family_models as tiny
+from tests.engine.families.proof import Row, prove
+from tests.engine.family_models import picture
+
+README = (Path(__file__).parents[2] / "fastattr" / "adapters" / "README.md").read_text()
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class MyConfig(transformers.LlavaConfig):
+    model_type = "my_vlm"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Let packages bring entry points."""
+
+    def bring(*values: str) -> None:
+        held = EntryPoints(EntryPoint("my_vlm", value, registry.GROUP) for value in values)
+        monkeypatch.setattr(registry, "entry_points", lambda **wanted: held.select(**wanted))
+
+    yield bring
+    sys.modules.pop("somebody", None)
+
+
+def mine() -> tiny.Tiny:
+    held = tiny.llava_siglip()
+    config = MyConfig(**{k: v for k, v in held.hf_model.config.to_dict().items() if k != "model_type"})
+    held.hf_model.config = config
+    return held
+
+
+def example() -> dict[str, Any]:
+    """The documented example, run as it stands."""
+    held = mine()
+    names: dict[str, Any] = {"hf_model": held.hf_model, "processor": held.processor, "picture": picture()}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(EXAMPLE, names)
+    assert printed.getvalue() == "(((1, 4, 4),), ((1, 6, 6),), ((1, 8, 8),))\n"
+    return names
+
+
+def test_the_documented_example_runs_and_is_about_thirty_lines() -> None:
+    names = example()
+    assert names["why"].image[0].shape[1:] == (1, 8, 8)
+    assert len([line for line in EXAMPLE.splitlines() if line.strip()]) <= 30
+
+
+def test_its_family_is_right() -> None:
+    """What the documentation shows stands the proof of all families."""
+    example()
+    prove(Row("my_vlm", mine, [(4, 4)], (1, 4, 4)))
+
+
+def test_nobody_knows_it_before() -> None:
+    held = mine()
+    with pytest.raises(fastattr.UnsupportedModelError, match=r"no adapter is known .*'my_vlm'.* register_adapter"):
+        fastattr.wrap(held.hf_model, held.processor)
+
+
+def test_a_package_brings_one(brought: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = example()["look"].__globals__
+    monkeypatch.setattr(registry, "_registered", {})
+    module = type(sys)("somebody")
+    module.FAMILY = fastattr.Family("Theirs", family["look"], family["patch"], None)  # type: ignore[attr-defined]
+    sys.modules["somebody"] = module
+    brought("somebody:FAMILY")
+    held = mine()
+    assert fastattr.wrap(held.hf_model, held.processor).family.name == "Theirs"
+    assert registry.registered_types() == ["my_vlm"]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (["nobody.at_home:FAMILY"], r"\(nobody.at_home:FAMILY\) cannot be loaded: ModuleNotFoundError"),
+        (["os:getcwd"], r"what a package brings for 'my_vlm' \(os:getcwd\) is a .*, expected a fastattr.Family"),
+        (["os:a", "sys:b"], "2 packages bring an adapter for 'my_vlm': os:a, sys:b; uninstall all but one"),
+    ],
+)
+def test_broken_packages_are_named(brought: Any, values: list[str], told: str) -> None:
+    brought(*values)
+    held = mine()
+    with pytest.raises(fastattr.UnsupportedModelError, match=told):
+        fastattr.wrap(held.hf_model, held.processor)
+
+
+def test_a_broken_package_does_not_stop_other_models(brought: Any) -> None:
+    brought("nobody.at_home:FAMILY")
+    held = tiny.llava_siglip()
+    assert fastattr.wrap(held.hf_model, held.processor).family.name == "LLaVA-1.5"
+
+
+def test_what_is_registered_comes_before_what_is_known() -> None:
+    held = tiny.llava_siglip()
+    known = fastattr.wrap(held.hf_model, held.processor).family
+    fastattr.register_adapter("llava", fastattr.Family("Mine", known.look, known.cell, None))
+    assert fastattr.wrap(held.hf_model, held.processor).family.name == "Mine"
+
+
+@pytest.mark.parametrize(("model_type", "family"), [("", None), (5, None), ("my_vlm", None), ("my_vlm", "Family")])
+def test_only_families_can_be_registered(model_type: Any, family: Any) -> None:
+    with pytest.raises(fastattr.InputError, match="expected"):
+        fastattr.register_adapter(model_type, family)
