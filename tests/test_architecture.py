@@ -117,6 +117,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr",
         "fastattr.adapters",
         "fastattr.batch",
+        "fastattr.chat",
         "fastattr.demo",
         "fastattr.evaluate",
         "fastattr.log",

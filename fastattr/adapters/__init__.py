@@ -8,6 +8,7 @@ from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
 from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
+from fastattr.adapters.exports import ExportedStates, read_sglang, read_vllm
 from fastattr.adapters.families import (
     FAMILIES,
     REASONS,
@@ -28,6 +29,7 @@ __all__ = [
     "CapturedStates",
     "Decoder",
     "EncodedExample",
+    "ExportedStates",
     "Family",
     "Look",
     "Looks",
@@ -44,6 +46,8 @@ __all__ = [
     "hide_loading_bars",
     "load",
     "log_probs_of_images",
+    "read_sglang",
+    "read_vllm",
     "register_adapter",
     "registered_family",
     "registered_types",

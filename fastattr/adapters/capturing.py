@@ -81,6 +81,9 @@ class CapturedStates:
             return
         if self.prompt_ids is None:  # a decoding loop of the user's own
             self._keep_given(ids, kwargs)
+        mask = kwargs.get("attention_mask")
+        if not self.fed and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == self.n_prompt:
+            self.model_inputs.setdefault("attention_mask", mask[:1])  # generate finds out by itself what is padding
         self.fed.append(ids.detach())
 
     def keep(self, states: Tensor) -> None:
@@ -104,6 +107,11 @@ class CapturedStates:
             and (name != "attention_mask" or value.ndim == 2)  # which tokens are padding
         }
         self._input_bytes = sum(value.nbytes for value in self.model_inputs.values())
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens it was given."""
+        return 0 if self.prompt_ids is None else len(self.prompt_ids)
 
     # --- afterwards ---
 

@@ -132,7 +132,7 @@ def read_sglang(
         told = response["meta_info"]
         steps = told["hidden_states"]
         n_prompt, n_said = int(told["prompt_tokens"]), int(told["completion_tokens"])
-    except (KeyError, TypeError) as missing:
+    except (KeyError, TypeError, ValueError) as missing:
         raise StatesError(
             f"the response holds {', '.join(response) or 'nothing'} and lacks {missing}, expected meta_info with "
             "hidden_states, prompt_tokens and completion_tokens; ask with return_hidden_states=True"

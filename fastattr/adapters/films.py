@@ -17,6 +17,7 @@ from torch import Tensor
 
 Size = tuple[int, int]  # (height, width) in pixels
 Limits = tuple[int, int]  # at least and at most so many pixels
+LONGEST = 200  # times the shorter side, where transformers' processors end
 
 
 def frame_size(size: Size, n_frames: int, cell: int, limits: Limits, *, counts_all: bool) -> Size:
@@ -26,8 +27,13 @@ def frame_size(size: Size, n_frames: int, cell: int, limits: Limits, *, counts_a
         size: of the frames as they are.
         cell: the side of what becomes one token, in pixels.
         counts_all: limits count the pixels of all frames together, as Qwen3-VL and GLM-4V do, else of one frame.
+
+    Raises:
+        ValueError: frames are so long that transformers refuses them.
     """
     height, width = size
+    if max(size) > LONGEST * min(size):
+        raise ValueError(f"a frame of {width} x {height} pixels is more than {LONGEST} times as long as wide")
     if counts_all and min(size) < cell:
         height, width = (int(side * cell / min(size)) for side in size)
     frames, even = (n_frames, 2 * round(n_frames / 2)) if counts_all else (1, 1)

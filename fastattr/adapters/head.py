@@ -75,13 +75,15 @@ def _applied(module: nn.Module, dim: int, model_dtype: torch.dtype) -> tuple[Ten
     dtype = held.dtype if held is not None and held.is_floating_point() else model_dtype
     nothing = torch.zeros(1, dim, dtype=dtype, device=device_of(module))
     bias = module(nothing)[0]
+    biased = bool(bias.any())
     weight = bias.new_empty(len(bias), dim)
     for start in range(0, dim, COLUMNS_AT_ONCE):
         stop = min(start + COLUMNS_AT_ONCE, dim)
         one_hot = nothing.repeat(stop - start, 1)
         one_hot.diagonal(start).fill_(1)
-        weight[:, start:stop] = (module(one_hot) - bias).T
-    return weight, bias if bool(bias.any()) else None
+        columns = module(one_hot)
+        weight[:, start:stop] = (columns - bias if biased else columns).T
+    return weight, bias if biased else None
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ import torch
 from fastattr.adapters.films import Limits, film_patches, frame_size, step_seconds
 from fastattr.errors import UnsupportedModelError
 
+_COUNTS = ("num_crops", "num_soft_tokens_per_image")  # named among the model's inputs and not taken by it
+
 
 @dataclass(frozen=True)
 class ComposedProcessor:
@@ -48,7 +50,7 @@ class ComposedProcessor:
         # the template has written the special tokens already
         encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
         taken = self.image_processor.model_input_names  # what is left over only tells how text is expanded
-        encoded.update({name: value for name, value in image_inputs.items() if name in taken})
+        encoded.update({name: value for name, value in image_inputs.items() if name in taken and name not in _COUNTS})
         return encoded
 
 
@@ -77,12 +79,12 @@ class FilmProcessor(ComposedProcessor):
 
     Attributes:
         style: how the family shows videos.
-        limits: pixels, at least and at most, where the model's directory says other ones than the family.
+        limits: pixels of a video, at least and at most.
         frames_per_second: of the videos. Frames do not say it; 24 is what transformers takes where nobody does.
     """
 
     style: FilmStyle
-    limits: Limits | None = None
+    limits: Limits
     frames_per_second: float = 24.0
 
     def __call__(
@@ -120,9 +122,7 @@ class FilmProcessor(ComposedProcessor):
     def _read(self, frames: Sequence[Any], size: Any) -> tuple[torch.Tensor, list[int], str]:
         """Patches, their grid, and the text of one video."""
         images = self.image_processor
-        limits = self.limits or self.style.limits
-        if size is not None:
-            limits = (size["shortest_edge"], size["longest_edge"])
+        limits = self.limits if size is None else (size["shortest_edge"], size["longest_edge"])
         cell = images.patch_size * images.merge_size
         width, height = frames[0].size
         patches, grid = film_patches(
@@ -145,7 +145,8 @@ def load_processor(source: str | Path) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(source)
         return _complete(processor, source) if getattr(processor, "patch_size", 0) is None else processor
-    except (ImportError, ValueError, OSError, TypeError) as error:  # TypeError: transformers 5.0 without torchvision
+    except (ImportError, ValueError, OSError, TypeError, RecursionError) as error:
+        # TypeError: transformers 5.0 without torchvision; RecursionError: its video half looks for itself without it
         from transformers.utils import is_torchvision_available
 
         if is_torchvision_available():
@@ -169,8 +170,9 @@ def _complete(processor: Any, source: str | Path) -> Any:
     if config.vision_config.model_type == "pixtral":
         return _pixtral(source)
     processor.patch_size = config.vision_config.patch_size
-    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = 1 if config.vision_feature_select_strategy == "default" else 0
+    strategy = getattr(config, "vision_feature_select_strategy", "default")  # ViP-LLaVA always drops the class token
+    processor.vision_feature_select_strategy = strategy
+    processor.num_additional_image_tokens = 1 if strategy == "default" else 0
     return processor
 
 
@@ -194,15 +196,17 @@ def grid_tokens(image_processor: Any, token: str) -> Callable[[Any, int], str]:
     return expand
 
 
-def _film_limits(source: str | Path) -> Limits | None:
-    """Those a model's directory gives for videos, or for everything it is shown."""
+def _film_limits(source: str | Path, style: FilmStyle) -> Limits:
+    """Those a model's directory gives for videos, or for everything it is shown, in place of the family's."""
     from transformers.video_processing_utils import BaseVideoProcessor
 
     said, _ = BaseVideoProcessor.get_video_processor_dict(source)
     size = said.get("size") or {}
-    least = said.get("min_pixels") or size.get("shortest_edge")
-    most = said.get("max_pixels") or size.get("longest_edge")
-    return (least, most) if least and most else None
+    least, most = style.limits
+    return (
+        said.get("min_pixels") or size.get("shortest_edge") or least,
+        said.get("max_pixels") or size.get("longest_edge") or most,
+    )
 
 
 def _films(style: FilmStyle, token: str) -> Callable[[str | Path], FilmProcessor]:
@@ -210,7 +214,18 @@ def _films(style: FilmStyle, token: str) -> Callable[[str | Path], FilmProcessor
 
     def compose(source: str | Path) -> FilmProcessor:
         images = _images(source)
-        return FilmProcessor(images, _tokenizer(source), token, grid_tokens(images, token), style, _film_limits(source))
+        limits = _film_limits(source, style)
+        return FilmProcessor(images, _tokenizer(source), token, grid_tokens(images, token), style, limits)
+
+    return compose
+
+
+def _stills(token: str) -> Callable[[str | Path], ComposedProcessor]:
+    """Processors whose pictures are grids of patches, for still images alone."""
+
+    def compose(source: str | Path) -> ComposedProcessor:
+        images = _images(source)
+        return ComposedProcessor(images, _tokenizer(source), token, grid_tokens(images, token))
 
     return compose
 
@@ -296,14 +311,70 @@ def join_internvl(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
     return ComposedProcessor(image_processor, tokenizer, token, expand)
 
 
+def _llava_next(source: str | Path) -> ComposedProcessor:
+    """LLaVA-NeXT-Video and LLaVA-OneVision, for still images alone."""
+    token = "<image>"
+
+    def expand(inputs: Any, index: int) -> str:
+        return token * 2  # one placeholder a look, at the whole and at the mosaic of tiles
+
+    return ComposedProcessor(_images(source), _tokenizer(source), token, expand)
+
+
+def _gemma4(source: str | Path) -> ComposedProcessor:
+    return join_gemma4(_images(source), _tokenizer(source))
+
+
+def join_gemma4(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
+    """Of Gemma 4, without sound."""
+
+    def expand(inputs: Any, index: int) -> str:
+        n_tokens = int(inputs["num_soft_tokens_per_image"][index])
+        return f"{tokenizer.boi_token}{tokenizer.image_token * n_tokens}{tokenizer.eoi_token}"
+
+    return ComposedProcessor(image_processor, tokenizer, tokenizer.image_token, expand)
+
+
+def _minicpm(source: str | Path) -> ComposedProcessor:
+    return join_minicpm(_images(source), _tokenizer(source))
+
+
+def join_minicpm(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
+    """Of MiniCPM-V 4.6."""
+    token = tokenizer.image_token
+
+    def expand(inputs: Any, index: int) -> str:
+        n_looks = [int(n) for n in inputs["num_patches_per_image"]]
+        first = sum(n_looks[:index])
+        per_token = 4 if image_processor.downsample_mode == "4x" else 16
+        counts = [int(h * w) // per_token for h, w in inputs["target_sizes"][first : first + n_looks[index]]]
+        _, columns = inputs["grids"][index]
+        slices = [f"{tokenizer.slice_start_token}{token * n}{tokenizer.slice_end_token}" for n in counts[1:]]
+        lines = ["".join(slices[i : i + columns]) for i in range(0, len(slices), columns or 1)]
+        number = f"{tokenizer.image_id_start_token}{index}{tokenizer.image_id_end_token}"
+        whole = f"{tokenizer.image_start_token}{token * counts[0]}{tokenizer.image_end_token}"
+        return (number if image_processor.use_image_id else "") + whole + "\n".join(lines)
+
+    return ComposedProcessor(image_processor, tokenizer, token, expand)
+
+
 _COMPOSE: dict[str, Callable[[str | Path], ComposedProcessor]] = {
     "qwen2_vl": _films(QWEN2_FILMS, "<|image_pad|>"),
     "qwen2_5_vl": _films(QWEN2_5_FILMS, "<|image_pad|>"),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _films(QWEN3_FILMS, "<|image_pad|>")),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"), _films(QWEN3_FILMS, "<|image_pad|>")
+    ),
+    "exaone4_5": _films(QWEN2_FILMS, "<|image_pad|>"),
+    "video_llama_3": _stills("<|image_pad|>"),
     **dict.fromkeys(("glm4v", "glm4v_moe"), _films(GLM_FILMS, "<|image|>")),
     **dict.fromkeys(("glm46v", "glm_ocr"), _films(GLM46_FILMS, "<|image|>")),
     "llava": _pixtral,
     "mistral3": _pixtral,
+    "mistral_large4": _pixtral,
     "smolvlm": _smolvlm,
     "internvl": _internvl,
+    "llava_next_video": _llava_next,
+    "llava_onevision": _llava_next,
+    "gemma4": _gemma4,
+    "minicpmv4_6": _minicpm,
 }

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import webbrowser
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from tqdm import tqdm
 
 import fastattr
+from fastattr.chat import Messages
 from fastattr.cli import batch, log, worker
 from fastattr.cli.output import Json, check_suffix, parse_scales, print_attributions, printable, where, write
 from fastattr.errors import FastattrError, InputError
@@ -27,8 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-DEMO_SEED = 10_000_003  # never trained on
 
 
 class MethodName(str, Enum):
@@ -50,20 +50,32 @@ class BackendName(str, Enum):
     torch = "torch"
 
 
+class ExampleName(str, Enum):
+    scene = "scene"
+    images = "images"
+    clip = "clip"
+
+
 @app.command()
 def demo(
+    example: Annotated[
+        ExampleName, typer.Option(help="One picture, three over two turns, or a short clip.")
+    ] = ExampleName.scene,
     out: Annotated[Path, typer.Option(help="Where to write the report.")] = Path("fastattr-demo.html"),
-    seed: Annotated[int, typer.Option(help="Which scene; the default was never trained on.")] = DEMO_SEED,
+    seed: Annotated[
+        int | None, typer.Option(help="Which scenes; seeds from 10000000 on were never trained on.")
+    ] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Explain a scene with the bundled model, offline."""
-    from fastattr.demo.scenes import make_scene
+    """Explain drawn scenes with the bundled model, offline."""
+    from fastattr.demo.examples import EXAMPLES
 
-    scene = make_scene(seed)
+    make = EXAMPLES[example.value]
+    shown = make() if seed is None else make(seed)
     _explain(
-        images=[scene.image],
-        prompt="Describe the image.",
+        images=shown.images,
+        prompt=shown.prompt,
         response=None,
         model_name="shapes",
         methods=[MethodName.best, MethodName.arc, MethodName.tam, MethodName.lens],
@@ -77,8 +89,15 @@ def demo(
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(help="One or more pictures.", metavar="IMAGE...")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(help="Pictures; a folder is a video, its pictures by name the frames.", metavar="IMAGE..."),
+    ],
     prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe the image.",
+    messages: Annotated[
+        Path | None,
+        typer.Option(help="A conversation instead of --prompt: JSON, a list of messages with image parts."),
+    ] = None,
     response: Annotated[str | None, typer.Option(help="The answer to explain; the model answers if not given.")] = None,
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     method: Annotated[
@@ -93,6 +112,8 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Explain what a model says about pictures."""
+    shown = [_frames(path) if path.is_dir() else path for path in images]
+    asked = prompt if messages is None else _read_messages(messages)
     if live:
         if response is not None or len(method or ()) > 1:
             raise InputError(
@@ -101,11 +122,11 @@ def explain(
         config = fastattr.AttributionConfig(
             scales=parse_scales(scales), backend=backend.value, **_method((method or [MethodName.arc])[0])
         )
-        _explain_live(list(images), prompt, model, config, out, max_new_tokens, as_json)
+        _explain_live(shown, asked, model, config, out, max_new_tokens, as_json)
         return
     _explain(
-        images=list(images),
-        prompt=prompt,
+        images=shown,
+        prompt=asked,
         response=response,
         model_name=model,
         methods=method or [MethodName.arc],
@@ -226,8 +247,8 @@ app.command()(batch.batch)
 
 def _explain(
     *,
-    images: list[Any],
-    prompt: str,
+    images: Sequence[Any],
+    prompt: str | Messages,
     response: str | None,
     model_name: str,
     methods: list[MethodName],
@@ -267,8 +288,8 @@ def _explain(
 
 
 def _explain_live(
-    images: list[Any],
-    prompt: str,
+    images: Sequence[Any],
+    prompt: str | Messages,
     model_name: str,
     config: fastattr.AttributionConfig,
     out: Path,
@@ -293,6 +314,24 @@ def _explain_live(
         print_attributions([why], out, True)
     else:
         print(f"\n{printable(why.response)}\n\n{out.resolve()}")
+
+
+def _frames(folder: Path) -> list[Path]:
+    """The frames of a video that lies in a folder, by name."""
+    frames = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not frames:
+        raise InputError(f"the folder {str(folder)!r} is empty, expected the frames of a video, named in their order")
+    return frames
+
+
+def _read_messages(path: Path) -> Messages:
+    try:
+        messages = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as a conversation in JSON: {error}") from error
+    if not isinstance(messages, list):
+        raise InputError(f"{str(path)!r} holds {type(messages).__name__}, expected a list of messages")
+    return messages
 
 
 def _method(method: MethodName) -> dict[str, Any]:

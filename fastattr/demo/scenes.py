@@ -7,7 +7,7 @@ A scene is a framed picture with one to four objects, each in its own cell of a 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -118,6 +118,27 @@ def erase(scene: Scene, k: int) -> Scene:
         raise InputError(f"there is no object {k} to erase; the scene has {len(scene.objects)}, counted from 0")
     width, height = scene.image.size
     return _draw(scene.seed, height, width, scene.n_asked, (*scene.objects[:k], *scene.objects[k + 1 :]))
+
+
+def make_clip(seed: int, n_frames: int, size: int = 192) -> list[Scene]:
+    """A clip of one object that moves from left to right through the middle, a scene a frame, all else still.
+
+    Args:
+        seed: decides object and background, as in `make_scene`.
+
+    Raises:
+        InputError: a clip has at least two frames.
+    """
+    if n_frames < 2:
+        raise InputError(f"n_frames is {n_frames}, expected at least 2: a clip moves")
+    item = make_scene(seed, size, n_objects=1).objects[0]
+    start, stop = PLACES["left"][0], PLACES["right"][0]
+    ways = [start + (stop - start) * k / (n_frames - 1) for k in range(n_frames)]
+    places = [min(("left", "center", "right"), key=lambda place: abs(PLACES[place][0] - x)) for x in ways]
+    return [
+        _draw(seed, size, size, 1, (replace(item, center=(x, 0.5), place=place),))
+        for x, place in zip(ways, places, strict=True)
+    ]
 
 
 def _draw(

@@ -1,11 +1,15 @@
-"""Gemma: one square a picture, always the same number of tokens; crops of a long one behind it, where it is scanned."""
+"""Gemma 3: one square a picture, always the same number of tokens; crops of a long one behind it, where it is scanned.
+
+Gemma 3n has one square too; Gemma 4 keeps the form of a picture and pools its patches.
+"""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from fastattr.adapters.families.cuts import check_count, image_option
-from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, side, whole
+from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch, side, whole
 from fastattr.types import Grid
 
 NAME = "Gemma3"
@@ -42,10 +46,28 @@ def _scanned(shown: Shown, size: Size, grid: Grid) -> Looks:
         return (Look(grid),)
     edges = [min(1.0, i * crop / longer) for i in range(n_crops + 1)]
     wide = size[1] >= size[0]
-    boxes = [(a, 0.0, b, 1.0) if wide else (0.0, a, 1.0, b) for a, b in zip(edges, edges[1:], strict=False)]
+    boxes = [(a, 0.0, b, 1.0) if wide else (0.0, a, 1.0, b) for a, b in pairwise(edges)]
     return (Look(grid), *(Look(grid, box) for box in boxes))
 
 
-GEMMA3 = Family(NAME, look, cell, None, token_types="token_type_ids", tiles=True)
+def look_once(shown: Shown) -> list[Looks]:
+    edge = math.isqrt(shown.config.vision_soft_tokens_per_image)
+    return whole([(1, edge, edge)] * math.prod(shown.inputs["pixel_values"].shape[:-3]))
 
-FAMILIES = {"gemma3": GEMMA3, "shieldgemma2": GEMMA3}
+
+def pooled(shown: Shown) -> list[Looks]:
+    """Of patches whose places are given as `(x, y)`, -1 where there is none."""
+    factor = int(shown.config.vision_config.pooling_kernel_size)
+    sides = (shown.inputs["image_position_ids"].amax(dim=1) + 1) // factor
+    return whole([(1, h, w) for w, h in sides.tolist()])
+
+
+def pooled_cell(config: Config) -> int:
+    return patch(config) * int(config.vision_config.pooling_kernel_size)
+
+
+GEMMA3 = Family(NAME, look, cell, None, token_types="token_type_ids", tiles=True)
+GEMMA3N = Family("Gemma3n", look_once, lambda config: 1, None, token_types="token_type_ids")
+GEMMA4 = Family("Gemma4", pooled, pooled_cell, None, token_types="mm_token_type_ids")
+
+FAMILIES = {"gemma3": GEMMA3, "shieldgemma2": GEMMA3, "gemma3n": GEMMA3N, "gemma4": GEMMA4}

@@ -9,9 +9,8 @@ from fastattr.adapters.families.qwen import looks_from, no_limit
 
 
 def look(shown: Shown) -> list[Looks]:
-    marks = 1 if getattr(shown.processor, "cat_extra_token", True) else 0
     grids = looks_from(shown, "image_grid_thw")
-    return [tuple(replace(each, start=marks, row_end=1, end=marks) for each in looks) for looks in grids]
+    return [tuple(replace(each, start=1, row_end=1, end=1) for each in looks) for looks in grids]
 
 
 HUNYUAN = Family("HunYuan-VL", look, merged_patch, no_limit, token_types="mm_token_type_ids")

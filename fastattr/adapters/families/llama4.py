@@ -47,10 +47,7 @@ def _shape(size: Size, edge: int, most: int, *, stretch: bool) -> Shape:
     sides = torch.tensor(shapes) * edge  # compared in single precision, as the processor does
     growth = torch.minimum(sides[:, 0] / height, sides[:, 1] / width)
     enlarging = growth[growth >= 1]
-    if not len(enlarging):
-        chosen = growth.max()
-    else:
-        chosen = enlarging.max() if stretch else enlarging.min()
+    chosen = enlarging.min() if len(enlarging) and not stretch else growth.max()
     return min((shape for shape, by in zip(shapes, growth, strict=True) if by == chosen), key=math.prod)
 
 

@@ -11,7 +11,7 @@ from fastattr.types import WHOLE_IMAGE, Box
 
 
 def look(shown: Shown) -> list[Looks]:
-    pixels = shown.inputs["pixel_values"]
+    pixels = shown.inputs["pixel_values_images" if "pixel_values_images" in shown.inputs else "pixel_values"]
     height, width = pixels.shape[-2:]
     cell = patch(shown.config)
     n = math.prod(pixels.shape[:-3])
@@ -79,4 +79,6 @@ LLAVA = Family("LLaVA-1.5", look, patch, square_crop, resized=False, interpolate
 
 VIP_LLAVA = replace(LLAVA, name="ViP-LLaVA")
 
-FAMILIES = {"llava": LLAVA, "vipllava": VIP_LLAVA}
+VIDEO_LLAVA = replace(LLAVA, name="Video-LLaVA")  # its tokens for videos begin every frame with one that shows nothing
+
+FAMILIES = {"llava": LLAVA, "vipllava": VIP_LLAVA, "video_llava": VIDEO_LLAVA}

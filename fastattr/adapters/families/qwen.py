@@ -56,6 +56,7 @@ FAMILIES = {
     "qwen3_vl_moe": QWEN3,
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5,
+    "qwen4_exp": qwen("Qwen4-Exp"),
     "exaone4_5": qwen("EXAONE 4.5"),
     "paddleocr_vl": qwen("PaddleOCR-VL", films=False),  # reads no videos
     "ernie4_5_vl_moe": qwen("ERNIE 4.5 VL", films=False),  # its video half draws the time into the frames
