@@ -37,7 +37,7 @@ def attribute(
     response: str | Sequence[int] | Tensor | None = None,
     *,
     method: Method = "arc",
-    scales: Sequence[float] = (1.0, 1.5, 2.0),
+    scales: Sequence[float] | None = None,
     scale_weights: Sequence[float] | None = None,
     decision_weight: bool = False,
     scale_mean: Literal["arithmetic", "geometric"] = "arithmetic",
@@ -69,7 +69,9 @@ def attribute(
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
-        method, scales, ...: see `AttributionConfig`, which documents every option and its default.
+        scales: image sizes relative to the model's own; `model.scales` if not given: 1, 1.5 and 2, or 1 alone where the
+            model reads pictures in tiles or always with the same number of tokens.
+        method, ...: see `AttributionConfig`, which documents every option and its default.
 
     Returns:
         one map per response token and image, on the CPU.
@@ -79,7 +81,7 @@ def attribute(
     """
     config = AttributionConfig(
         method=method,
-        scales=tuple(scales),
+        scales=model.scales if scales is None else tuple(scales),
         scale_weights=None if scale_weights is None else tuple(scale_weights),
         decision_weight=decision_weight,
         scale_mean=scale_mean,
@@ -117,7 +119,7 @@ def attribute_batch(
 
     Args:
         rows: image or images, prompt and response of each, as for `attribute`.
-        config: every choice of the method; the defaults if not given.
+        config: every choice of the method; the defaults at `model.scales` if not given.
         targets: as for `attribute`, of every row.
 
     Returns:
@@ -128,7 +130,7 @@ def attribute_batch(
         ImageError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError: as `attribute`, for
             the first row that is at fault.
     """
-    config = AttributionConfig() if config is None else config
+    config = AttributionConfig(scales=model.scales) if config is None else config
     if config.compat is not None:
         raise InputError("compat='tam' is for attribute_states; a model's answers are explained without")
     given = list(rows)

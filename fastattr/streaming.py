@@ -104,13 +104,13 @@ def stream(
     Args:
         tokens: ids as they are said, by whatever engine; a `TokenStream` takes them from `generate`. None lets the
             model answer by itself, greedily, at most `max_new_tokens`.
-        config: every choice of the method; the defaults if not given. Without `regions` and `compat`.
+        config: every choice of the method; the defaults at `model.scales` if not given. Without `regions` and `compat`.
 
     Raises:
         InputError: the configuration asks for what needs the whole response.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
-    chosen = AttributionConfig() if config is None else config
+    chosen = AttributionConfig(scales=model.scales) if config is None else config
     if chosen.regions or chosen.compat is not None:
         raise InputError(
             f"regions={chosen.regions} and compat={chosen.compat!r} need the whole response; stream without, or use attribute"

@@ -104,7 +104,10 @@ def explain(
         list[MethodName] | None,
         typer.Option("--method", "--methods", help="May be given several times; the first is shown."),
     ] = None,
-    scales: Annotated[str, typer.Option(help="Image sizes relative to the model's own, comma-separated.")] = "1,1.5,2",
+    scales: Annotated[
+        str | None,
+        typer.Option(help="Image sizes relative to the model's own, comma-separated; 1,1.5,2 where the model can."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
     backend: Annotated[BackendName, typer.Option(help="What computes; auto: triton on a GPU.")] = BackendName.auto,
@@ -119,10 +122,8 @@ def explain(
             raise InputError(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
-        config = fastattr.AttributionConfig(
-            scales=parse_scales(scales), backend=backend.value, **_method((method or [MethodName.arc])[0])
-        )
-        _explain_live(shown, asked, model, config, out, max_new_tokens, as_json)
+        options = {"backend": backend.value, **_method((method or [MethodName.arc])[0])}
+        _explain_live(shown, asked, model, _scales(scales), options, out, max_new_tokens, as_json)
         return
     _explain(
         images=shown,
@@ -130,7 +131,7 @@ def explain(
         response=response,
         model_name=model,
         methods=method or [MethodName.arc],
-        scales=parse_scales(scales),
+        scales=_scales(scales),
         out=out,
         max_new_tokens=max_new_tokens,
         backend=backend,
@@ -252,7 +253,7 @@ def _explain(
     response: str | None,
     model_name: str,
     methods: list[MethodName],
-    scales: tuple[float, ...],
+    scales: tuple[float, ...] | None,
     out: Path,
     max_new_tokens: int,
     as_json: bool,
@@ -291,7 +292,8 @@ def _explain_live(
     images: Sequence[Any],
     prompt: str | Messages,
     model_name: str,
-    config: fastattr.AttributionConfig,
+    scales: tuple[float, ...] | None,
+    options: dict[str, Any],
     out: Path,
     max_new_tokens: int,
     as_json: bool,
@@ -300,6 +302,7 @@ def _explain_live(
     check_suffix(out)
     print(f"loading {model_name}", file=sys.stderr, flush=True)
     model = fastattr.load(model_name)
+    config = fastattr.AttributionConfig(scales=scales or model.scales, **options)
     streaming = fastattr.stream(model, images, prompt, config=config, max_new_tokens=max_new_tokens)
     if not as_json:
         print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
@@ -314,6 +317,10 @@ def _explain_live(
         print_attributions([why], out, True)
     else:
         print(f"\n{printable(why.response)}\n\n{out.resolve()}")
+
+
+def _scales(text: str | None) -> tuple[float, ...] | None:
+    return None if text is None else parse_scales(text)
 
 
 def _frames(folder: Path) -> list[Path]:

@@ -125,3 +125,16 @@ def test_what_is_registered_comes_before_what_is_known() -> None:
 def test_only_families_can_be_registered(model_type: Any, family: Any) -> None:
     with pytest.raises(fastattr.InputError, match="expected"):
         fastattr.register_adapter(model_type, family)
+
+
+def test_scales_that_nobody_chose() -> None:
+    """Several where the model can show them; one where tiles are finer already, or the number of tokens is fixed."""
+    config = fastattr.AttributionConfig(scales=(1.0,))
+    for held, expected in ((tiny.qwen2_vl(), (1.0, 1.5, 2.0)), (tiny.gemma3(), (1.0,)), (tiny.idefics3(), (1.0,))):
+        model = fastattr.wrap(held.hf_model, held.processor)
+        assert model.scales == expected
+        why = fastattr.attribute(model, picture(), "What is this?", "A circle.", method="lens", evidence=False)
+        assert why.config.scales == expected
+        (row,) = fastattr.attribute_batch(model, [(picture(), "What is this?", "A circle.")])
+        assert row.config.scales == expected
+        assert len(list(fastattr.stream(model, picture(), "What is this?", [9, 10], config=config))) == 2
