@@ -98,6 +98,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.log": {
         "fastattr.adapters",
         "fastattr.calibration",
+        "fastattr.chat",
         "fastattr.descriptors",
         "fastattr.images",
         "fastattr.pipeline",
@@ -109,6 +110,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.batch": {
         "fastattr",
         "fastattr.adapters",
+        "fastattr.chat",
         "fastattr.images",
         "fastattr.log",
         "fastattr.pipeline",

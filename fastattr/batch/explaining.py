@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastattr.adapters import load
 from fastattr.batch.sources import Row, read_image
+from fastattr.chat import text_of
 from fastattr.errors import BackendError, FastattrError, ImageError, InputError, UnsupportedModelError
 from fastattr.pipeline import attribute_batch
 from fastattr.types import Attribution, AttributionConfig
@@ -46,7 +47,7 @@ class Ready:
     def size(self) -> tuple[int, int]:
         """Rows of like sizes want to be explained together."""
         response = self.row.response
-        return self.n_pixels, len(self.row.prompt) + (0 if response is None else len(response))
+        return self.n_pixels, len(text_of(self.row.prompt)) + (0 if response is None else len(response))
 
 
 def load_model(name: str, device: str | None) -> Model:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from fastattr.chat import Chat, Prompt
 from fastattr.errors import DatasetError, FastattrError, ImageError, InputError
 from fastattr.log.record import check_request_id
 from fastattr.log.requests import prompt_of
@@ -70,7 +71,7 @@ class Row:
     id: str
     place: str
     images: tuple[bytes | str, ...]
-    prompt: str
+    prompt: Prompt
     response: str | tuple[int, ...] | None
 
 
@@ -298,8 +299,12 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         if not isinstance(messages, list | tuple | np.ndarray):
             raise InputError(f"messages is {_short(messages)}, expected a list of messages")
         prompt = prompt_of(list(messages))
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str | Chat):
         raise InputError(f"{fields.prompt} is {_short(prompt)}, expected text")
+    if isinstance(prompt, Chat) and prompt.n_pictures != len(pictures):
+        raise InputError(
+            f"messages holds {prompt.n_pictures} image parts for {len(pictures)} images, expected one each, in their order"
+        )
     return Row(number, id, place, pictures, prompt, _response(values, fields))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastattr.errors import InputError, SaveError
 from fastattr.images import read_visuals
 from fastattr.log.config import LogConfig
-from fastattr.log.requests import Captured, Made, Replay, Request, Submission, bytes_of, digest
+from fastattr.log.requests import Captured, Made, Replay, Request, Submission, bytes_of, digest, from_json, to_json
 from fastattr.log.spool import sync_folder
 from fastattr.log.telemetry import Caller
 from fastattr.storage import whole_file
@@ -109,7 +109,7 @@ def put(config: LogConfig, request: Request) -> Path:
         "record_id": request.record_id,
         "request_id": request.submission.request_id,
         "metadata": request.submission.metadata,
-        "prompt": request.submission.prompt,
+        "prompt": to_json(request.submission.prompt),
         "content": request.submission.content,
         "frames": [len(shown) for shown in frames],
         "image_sha256": [digest(image) for image in images],
@@ -191,7 +191,7 @@ def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], m
     ]
     images = tuple(frames[0] if len(frames) == 1 else frames for frames in videos)
     submission = Submission(
-        manifest["request_id"], manifest["metadata"], manifest["prompt"], images, manifest["content"]
+        manifest["request_id"], manifest["metadata"], from_json(manifest["prompt"]), images, manifest["content"]
     )
     job = _read_job(manifest, tensors, model)
     caller = manifest["caller"]

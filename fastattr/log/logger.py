@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
+from fastattr.chat import Chat, Messages
 from fastattr.errors import FastattrError, InputError
 from fastattr.log import inbox
 from fastattr.log.config import LogConfig, make_config
@@ -128,7 +129,7 @@ class AttributionLogger:
         *,
         request_id: str,
         images: Any = None,
-        prompt: str | None = None,
+        prompt: str | Messages | Chat | None = None,
         metadata: Mapping[str, Any] | None = None,
         error: bool = False,
     ) -> bool:
@@ -138,7 +139,7 @@ class AttributionLogger:
             out: the sequence `[1 seq]` or the output object of `generate`.
             request_id: yours; decides whether the response is kept.
             images: the pictures, for evidence, boxes in pixels and hashes. They must not be changed afterwards.
-            prompt: the user's text, to tell it from the chat template.
+            prompt: the user's text or the messages, to tell them from the chat template.
             metadata: JSON values, at most 64 KiB.
             error: something was wrong with this response.
 
@@ -153,7 +154,7 @@ class AttributionLogger:
 
     def submit_replay(
         self,
-        messages: str | Sequence[Mapping[str, Any]],
+        messages: str | Messages | Chat,
         images: Any,
         response_ids: Sequence[int],
         *,
@@ -164,7 +165,7 @@ class AttributionLogger:
         """Queue what some engine answered, to be explained by a forward of the logger's model, or later by a worker.
 
         Args:
-            messages: the user's text, or a chat of one turn.
+            messages: the user's text, or a conversation whose image parts stand where `images` belong.
             images: the pictures the model was shown.
             response_ids: token ids of the answer, never re-tokenised.
             request_id, metadata, error: as in `submit`.

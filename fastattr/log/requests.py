@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastattr.chat import Chat, Messages, Prompt
 from fastattr.errors import ImageError, InputError
 from fastattr.images import read_image
 from fastattr.log.record import Content
@@ -34,14 +35,14 @@ class Submission:
 
     Attributes:
         metadata: the caller's.
-        prompt: the user's text, if it was given.
+        prompt: the user's text or the conversation, if it was given.
         images: as they were given; a video is a list of frames.
         content: what of the response will be kept.
     """
 
     request_id: str
     metadata: Mapping[str, Any]
-    prompt: str | None
+    prompt: Prompt | None
     images: tuple[Any, ...]
     content: Content
 
@@ -96,30 +97,46 @@ class Request(NamedTuple):  # made on the request's path: a third of a frozen da
     image_sha256: tuple[str, ...] | None = None
 
 
-def prompt_of(messages: str | Sequence[Mapping[str, Any]]) -> str:
-    """The user's text of a chat of one turn.
+def prompt_of(messages: str | Messages | Chat) -> Prompt:
+    """The prompt of a request: the user's text, or a conversation.
 
     Args:
-        messages: the text itself, or one message of the user: `{"role": "user", "content": text or parts}`, where parts
-            of text come as `{"type": "text", "text": ...}`. Images are given beside it.
+        messages: the text itself, or messages: `{"role": ..., "content": text or parts}` with parts of text,
+            `{"type": "text", "text": ...}`, and of images (`image`, `image_url`, ...), whose pictures are given beside
+            them. One message of the user with one text has its pictures before the text, wherever they stand.
 
     Raises:
-        InputError: there are other messages, or no text: they would be explained as if they had not been there.
+        InputError: the messages are broken or end with the assistant's.
     """
-    if isinstance(messages, str):
+    if isinstance(messages, str | Chat):
         return messages
-    shown = [each.get("role") for each in messages] if _are_mappings(messages) else type(messages).__name__
-    if not _are_mappings(messages) or shown != ["user"]:
-        raise InputError(f"the messages are by {shown}, expected text or one message of the user")
-    content = messages[0].get("content")
-    if isinstance(content, str):
+    if not _are_mappings(messages):
+        raise InputError(f"the messages are a {type(messages).__name__}, expected text or a list of messages")
+    chat = Chat([{**message, "content": _content(message.get("content"))} for message in messages])
+    alone = len(chat.messages) == 1 and len(chat.texts) == 1 and chat.messages[0]["role"] == "user"
+    return chat.texts[0] if alone else chat
+
+
+def _content(content: Any) -> Any:
+    """Parts of a message without what they hold: pictures are given beside them, and a URL is not fetched."""
+    if not _are_mappings(content):
         return content
-    if content is None or not _are_mappings(content):
-        raise InputError(f"the content of the message is a {type(content).__name__}, expected text or a list of parts")
-    texts = [part.get("text") for part in content if part.get("type") == "text"]
-    if len(texts) != 1 or not isinstance(texts[0], str):
-        raise InputError(f"the message holds {len(texts)} parts of text, expected one")
-    return texts[0]
+    kinds = [str(part.get("type")) for part in content]
+    return [
+        {"type": "image"} if "image" in kind else {"type": "video"} if "video" in kind else dict(part)
+        for kind, part in zip(kinds, content, strict=True)
+    ]
+
+
+def to_json(prompt: Prompt | None) -> Any:
+    """A prompt as JSON holds it; `from_json` reads it."""
+    if prompt is None or isinstance(prompt, str):
+        return prompt
+    return {"messages": list(prompt.messages), "tools": list(prompt.tools)}
+
+
+def from_json(held: Any) -> Prompt | None:
+    return Chat(held["messages"], held["tools"]) if isinstance(held, dict) else held
 
 
 def _are_mappings(values: Any) -> bool:

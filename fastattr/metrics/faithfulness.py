@@ -65,9 +65,9 @@ class Patches:
         """The picture with every patch hidden that is not `visible`, bool `[patch]`."""
         rows, columns = self.rows, self.columns
         frames = []
-        for frame, hidden, shown in zip(
-            self.visual.frames, self.hidden.frames, visible.view(self.grid).cpu().numpy(), strict=True
-        ):
+        steps, n_frames = visible.view(self.grid).cpu().numpy(), len(self.visual.frames)
+        for number, (frame, hidden) in enumerate(zip(self.visual.frames, self.hidden.frames, strict=True)):
+            shown = steps[number * len(steps) // n_frames]  # several frames may share a time step
             seen = np.full(self.visual.size, 255, np.uint8)
             pixels = shown.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)
             seen[rows[0] : rows[-1], columns[0] : columns[-1]] = 255 * pixels

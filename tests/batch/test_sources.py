@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastattr.batch.sources import Fault, Fields, Input, Row, find_inputs, read_image, read_rows, scan
+from fastattr.chat import Chat
 from fastattr.errors import DatasetError, ImageError
 from tests.batch.scenes import png, write_jsonl, write_parquet, write_tar
 
@@ -108,6 +109,24 @@ def test_several_images_messages_and_token_ids(tmp_path: Path) -> None:
         assert plain(found) == ("7", (f"{tmp_path}/a.png", f"{tmp_path}/b.png"), "Both?", (3, 1, 4))
 
 
+def test_a_conversation_stays_one(tmp_path: Path) -> None:
+    """Several turns, pictures between the words, as chats are stored: with URLs in their parts, which are not fetched."""
+    url = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}, "text": None}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "Look:"}, url, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A star."},
+        {"role": "user", "content": [{"type": "text", "text": "And this?"}, url]},
+    ]
+    rows = [{"id": "a", "images": ["a.png", "b.png"], "messages": turns, "response": "A ring."}]
+    (found,) = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert isinstance(found, Row) and isinstance(found.prompt, Chat)
+    assert found.prompt.texts == ["Look:", "What is it?", "A star.", "And this?"]
+    assert [part["type"] for part in found.prompt.parts] == ["text", "image", "text", "text", "text", "image"]
+    assert "example.org" not in repr(found.prompt)
+    (short,) = read(write_jsonl(tmp_path / "b.jsonl", [{**rows[0], "images": ["a.png"]}]))
+    assert isinstance(short, Fault) and "holds 2 image parts for 1 images" in str(short.error)
+
+
 def test_pictures_of_a_sample_keep_the_order_of_their_names(tmp_path: Path) -> None:
     files = [("s.1.png", PICTURE), ("s.0.png", png(1)), ("s.prompt", b"Both?"), ("s.cls", b"3"), ("t.jpg", PICTURE)]
     first, second = read(write_tar(tmp_path / "a.tar", files))
@@ -149,8 +168,9 @@ def test_long_names_in_a_tar(tmp_path: Path) -> None:
         ({"prompt": None}, "neither prompt nor messages"),
         ({"prompt": 3}, "prompt is 3"),
         ({"prompt": None, "messages": "What?"}, "messages is 'What?'"),
-        ({"prompt": None, "messages": [{"role": "system", "content": "x"}]}, "['system']"),
-        ({"prompt": None, "messages": [{"role": "user", "content": []}]}, "0 parts of text"),
+        ({"prompt": None, "messages": [{"role": "system", "content": "x"}]}, "0 image parts for 1 images"),
+        ({"prompt": None, "messages": [{"role": "assistant", "content": "x"}]}, "it is the assistant's"),
+        ({"prompt": None, "messages": [{"role": "user", "content": []}]}, "the messages hold no text"),
         ({"response": "x", "response_ids": [1]}, "both response and response_ids"),
         ({"response": 3}, "response is 3"),
         ({"response_ids": "x"}, "response_ids is 'x'"),

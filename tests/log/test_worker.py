@@ -16,6 +16,7 @@ from PIL import Image
 
 import fastattr
 from fastattr import AttributionConfig, InputError
+from fastattr.demo.examples import clip, images
 from fastattr.demo.scenes import make_scene
 from fastattr.log import AttributionLogger, LogConfig, LogStats, Record, inbox, read
 from fastattr.log.recipes.answering import PROMPT, inputs_of
@@ -116,6 +117,28 @@ def test_a_replay_without_a_model_waits_for_a_worker(
     assert found.envelope.model_revision == "r3" and found.envelope.sequence == 0
     assert before - 1 <= found.envelope.time.timestamp() <= time.time() + 1
     assert found.envelope.record_id.startswith(logger._writer) and found.envelope.writer != logger._writer
+
+
+def test_conversations_and_clips_reach_the_worker_whole(
+    model: fastattr.Model, opened: Callable[..., AttributionLogger], tmp_path: Path
+) -> None:
+    """Three pictures over two turns, and a video: the record is that of the same call made here."""
+    config = AttributionConfig(scales=(1.0,))
+    logger = opened(content="text", attribution=config)
+    expected = {}
+    for name, shown in (("images", images()), ("clip", clip())):
+        ids = fastattr.attribute_batch(model, [(shown.images, shown.prompt, None)], config)[0].token_ids
+        expected[name] = fastattr.attribute(model, shown.images, shown.prompt, ids, scales=(1.0,))
+        assert logger.submit_replay(shown.prompt, shown.images, ids, request_id=name)
+    assert logger.flush()
+    explain_all(tmp_path / "dest", model)
+    found = records(tmp_path / "dest")
+    for name, why in expected.items():
+        one = found[name].attribution
+        assert (one.prompt, one.token_ids, one.context_tokens) == (why.prompt, why.token_ids, why.context_tokens)
+        assert [maps.shape for maps in one.image] == [maps.shape for maps in why.image]
+        for mine, theirs in zip(one.image, why.image, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1 / 255)
 
 
 def test_a_worker_makes_the_record_the_thread_would_have_made(

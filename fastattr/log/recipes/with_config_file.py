@@ -40,7 +40,11 @@ def redact(submission: Submission) -> Submission | None:
     if submission.metadata.get("opted_out"):
         return None
     metadata = {name: value for name, value in submission.metadata.items() if name in KEPT}
-    prompt = None if submission.prompt is None else MAIL.sub("<mail>", submission.prompt)
+    prompt = submission.prompt
+    if isinstance(prompt, str):
+        prompt = MAIL.sub("<mail>", prompt)
+    elif prompt is not None and any(MAIL.search(text) for text in prompt.texts):  # a conversation
+        prompt = None
     return replace(submission, metadata=metadata, prompt=prompt)
 
 
