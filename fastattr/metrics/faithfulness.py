@@ -129,19 +129,19 @@ def cut_picture(visual: Visual, grid: Grid, extent: Box = WHOLE_IMAGE, *, fill: 
     """Cut a picture into the patches of a map.
 
     Args:
-        grid: `(t, h, w)` of the map; `t` is the number of frames.
+        grid: `(t, h, w)` of the map; `t` is the number of frames, or less where several frames share a time step.
         extent: see `ImageGroup.extent`.
         fill: what stands where a patch is hidden: middle grey, the frame's mean colour (which gives away its
             background), or the frame blurred by `BLUR_SHARE` of its shorter side (which leaves large things visible).
 
     Raises:
-        InputError: the frames are not as many as the grid has, a patch would hold no pixel, or `fill` is unknown.
+        InputError: the grid has more time steps than there are frames, a patch would hold no pixel, or `fill` is unknown.
     """
     if fill not in ("grey", "mean", "blur"):
         raise InputError(f"fill is {fill!r}, expected 'grey', 'mean' or 'blur'")
-    if len(visual.frames) != grid[0]:
+    if len(visual.frames) < grid[0]:
         raise InputError(
-            f"the picture has {len(visual.frames)} frames but the grid (t, h, w) = {tuple(grid)} has {grid[0]}; pass the "
+            f"the picture has {len(visual.frames)} frames but the grid (t, h, w) = {tuple(grid)} has {grid[0]} time steps; pass the "
             "picture the map was made of"
         )
     hidden = visual.blank() if fill == "grey" else Visual(tuple(_hidden(frame, fill) for frame in visual.frames))

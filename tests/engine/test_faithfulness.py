@@ -122,6 +122,14 @@ def test_patches_of_a_video_are_of_one_frame() -> None:
     assert (changed(patches, [3]) == expected).all()
 
 
+def test_frames_of_one_time_step_are_hidden_together() -> None:
+    """A model that reads two frames in one step: four frames, two steps."""
+    frames = tuple(Image.new("RGB", (2 * SIDE, SIDE)) for _ in range(4))
+    expected = np.zeros((4, SIDE, 2 * SIDE), bool)
+    expected[2:, :, SIDE:] = True
+    assert (changed(cut_picture(Visual(frames), (2, 1, 2)), [3]) == expected).all()
+
+
 def test_other_fills() -> None:
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:, 20:] = (200, 100, 51)
