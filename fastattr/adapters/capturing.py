@@ -237,13 +237,25 @@ def captured_reading(
             "pass what generate returned, with the prompt in front"
         )
     hidden, source = states.read(sequence)
-    sizes = [visual.size for visual in visuals for _ in visual.frames] or None
-    shown = Shown(model.config, model.processor, states.model_inputs, sizes)
-    videos = video_looks_of(model.family, shown) if model.film_token_id in prefill.tolist() else []
-    images = looks_of(model.family, shown) if model.image_token_id in prefill.tolist() or not videos else []
+    ids = prefill.tolist()
+    has_films = model.film_token_id in ids and model.family.watch is not None
+    films = [has_films and len(visual.frames) > 1 for visual in visuals]
+    inputs = {**states.model_inputs, "input_ids": prefill[None]}
+
+    def shown(of_films: bool) -> Shown:
+        sizes = [
+            visual.size
+            for visual, film in zip(visuals, films, strict=True)
+            for _ in range(1 if film else len(visual.frames))
+            if film == of_films
+        ]
+        return Shown(model.config, model.processor, inputs, sizes if visuals else None)
+
+    videos = video_looks_of(model.family, shown(True)) if has_films else []
+    images = looks_of(model.family, shown(False)) if model.image_token_id in ids or not videos else []
     counts = [(False, 1)] * len(images) + [(True, 0)] * len(videos)
     if visuals:
-        counts = [(True, 0) if videos and len(v.frames) > 1 else (False, len(v.frames)) for v in visuals]
+        counts = [(film, 0 if film else len(v.frames)) for v, film in zip(visuals, films, strict=True)]
         n_images, n_videos = sum(n for _, n in counts), sum(film for film, _ in counts)
         if (n_images, n_videos) != (len(images), len(videos)):
             given = [

@@ -221,7 +221,10 @@ def collate(model: Model, examples: Sequence[EncodedExample], n_tokens: int) -> 
     always in reading order, so all are joined along it.
     """
     return {
-        name: torch.cat([along(model, name, each.model_inputs[name], n_tokens) for each in examples])
+        name: torch.cat(
+            [along(model, name, each.model_inputs[name], n_tokens) for each in examples],
+            dim=-1 if name in model.family.along_last else 0,
+        )
         for name in examples[0].model_inputs
     }
 

@@ -144,6 +144,8 @@ def load_processor(source: str | Path) -> Any:
 
     try:
         processor = AutoProcessor.from_pretrained(source)
+        if type(processor).__name__ == "PaliGemmaProcessor" and processor.chat_template is None:
+            processor.chat_template = _AS_SAID.replace("IMAGE", processor.image_token)
         return _complete(processor, source) if getattr(processor, "patch_size", 0) is None else processor
     except (ImportError, ValueError, OSError, TypeError, RecursionError) as error:
         # TypeError: transformers 5.0 without torchvision; RecursionError: its video half looks for itself without it
@@ -160,6 +162,14 @@ def load_processor(source: str | Path) -> Any:
                 "torchvision, or pass your own processor to wrap"
             ) from error
         return compose(source)
+
+
+# PaliGemma was taught no turns, only pictures and a text, so its directories have no chat template
+_AS_SAID = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}"
+)
 
 
 def _complete(processor: Any, source: str | Path) -> Any:
@@ -340,7 +350,7 @@ def _minicpm(source: str | Path) -> ComposedProcessor:
 
 
 def join_minicpm(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
-    """Of MiniCPM-V 4.6."""
+    """Of MiniCPM-V 4.6 and 4.7."""
     token = tokenizer.image_token
 
     def expand(inputs: Any, index: int) -> str:
@@ -376,5 +386,5 @@ _COMPOSE: dict[str, Callable[[str | Path], ComposedProcessor]] = {
     "llava_next_video": _llava_next,
     "llava_onevision": _llava_next,
     "gemma4": _gemma4,
-    "minicpmv4_6": _minicpm,
+    **dict.fromkeys(("minicpmv4_6", "minicpmv4_7"), _minicpm),
 }

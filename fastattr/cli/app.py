@@ -9,6 +9,7 @@ import subprocess
 import sys
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,16 @@ from tqdm import tqdm
 import fastattr
 from fastattr.chat import Messages
 from fastattr.cli import batch, log, worker
-from fastattr.cli.output import Json, check_suffix, parse_scales, print_attributions, printable, where, write
+from fastattr.cli.output import (
+    Json,
+    check_suffix,
+    parse_scales,
+    print_attributions,
+    print_table,
+    printable,
+    where,
+    write,
+)
 from fastattr.errors import FastattrError, InputError
 
 app = typer.Typer(
@@ -156,22 +166,14 @@ def show(
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the model families that can be explained."""
-    from fastattr.adapters import FAMILIES
+    from fastattr.adapters.families.table import listed
 
-    rows = [
-        {
-            "model_type": kind,
-            "family": family.name,
-            "scales": "any" if family.enlarge else "1 only",
-            "picture": "tiles" if family.tiles else "whole" if family.resized else "square",
-        }
-        for kind, family in FAMILIES.items()
-    ]
+    rows = [asdict(row) for row in listed()]
     if as_json:
         print(json.dumps(rows))
         return
-    for row in [{"model_type": "MODEL TYPE", "family": "FAMILY", "scales": "SCALES", "picture": "PICTURE"}, *rows]:
-        print(f"{row['model_type']:<14}{row['family']:<30}{row['scales']:<8}{row['picture']}")
+    names = ("family", "model_type", "pictures", "video", "scales", "proven")
+    print_table([name.replace("_", " ").upper() for name in names], [[row[name] for name in names] for row in rows])
 
 
 @app.command(name="eval")

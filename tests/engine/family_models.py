@@ -411,7 +411,7 @@ def idefics3() -> Tiny:
     """With the real `Idefics3Processor`, which writes a fixed number of placeholders."""
     hf_model, tokenizer = _idefics(transformers.Idefics3ForConditionalGeneration, transformers.Idefics3Config)
     side = {"longest_edge": 8 * PATCH}
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 4 * 8 * PATCH}, max_image_size=side)
+    images = Idefics3ImageProcessorPil(size=side, max_image_size=side)  # one tile
     return Tiny(
         hf_model,
         transformers.Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=tokenizer.chat_template),
@@ -449,7 +449,7 @@ def smolvlm() -> Tiny:
     """`SmolVLMProcessor` itself needs torchvision for video."""
     hf_model, tokenizer = _idefics(transformers.SmolVLMForConditionalGeneration, transformers.SmolVLMConfig)
     side = {"longest_edge": 8 * PATCH}
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 4 * 8 * PATCH}, max_image_size=side)
+    images = SmolVLMImageProcessorPil(size=side, max_image_size=side)  # one tile
     around = "<fake_token_around_image>"
     expanded = f"{around}<global-img>{'<image>' * 16}{around}"
     return Tiny(hf_model, SizedDuck(tokenizer, images, ("pixel_values", "pixel_attention_mask"), "<image>", expanded))
@@ -470,7 +470,7 @@ def internvl() -> Tiny:
         image_seq_length=16,
         downsample_ratio=0.5,
     )
-    images = GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=True, max_patches=4)
+    images = GotOcr2ImageProcessorPil(size={"height": side, "width": side}, crop_to_patches=True, max_patches=1)
     expanded = f"<img>{'<IMG_CONTEXT>' * 16}</img>"
     processor = SizedDuck(tokenizer, images, ("pixel_values",), "<IMG_CONTEXT>", expanded)
     return Tiny(_finish(transformers.InternVLForConditionalGeneration, config), processor)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fastattr.adapters.families import (
     aya,
     deepseek,
+    docling,
     gemma,
     glm,
     got,
@@ -68,6 +69,7 @@ FAMILIES: Mapping[str, Family] = {
     **paligemma.FAMILIES,
     **llama4.FAMILIES,
     **lfm2.FAMILIES,
+    **docling.FAMILIES,
     **minicpm.FAMILIES,
 }
 

@@ -14,22 +14,19 @@ def image_option(shown: Shown, family: str, name: str, usual: Any = None) -> Any
 
     Args:
         family: for errors.
-        usual: taken where the option is there and empty.
+        usual: taken where neither is.
 
     Raises:
         TokenLayoutError: the processor does not show its options, and nothing can be read from the model's inputs alone.
     """
     own = getattr(shown.processor, "images_kwargs", None) or {}
-    images = image_half(shown.processor)
-    if name in own:
-        return own[name]
-    if not hasattr(images, name):
-        raise TokenLayoutError(
-            f"{family} cuts pictures by the option {name}, but {type(shown.processor).__name__} shows no image_processor "
-            "that has it; give your processor the attribute image_processor, or let it make one tile of a picture"
-        )
-    value = getattr(images, name)
-    return usual if value is None else value
+    for value in (own.get(name), getattr(image_half(shown.processor), name, None), usual):
+        if value is not None:
+            return value
+    raise TokenLayoutError(
+        f"{family} cuts pictures by the option {name}, but {type(shown.processor).__name__} shows no image_processor that "
+        "has it; give your processor the attribute image_processor, or let it make one tile of a picture"
+    )
 
 
 def check_count(family: str, shown: Shown, n_came: int, pictures: Sequence[Looks]) -> None:
@@ -41,6 +38,7 @@ def check_count(family: str, shown: Shown, n_came: int, pictures: Sequence[Looks
     counts = [len(looks) for looks in pictures]
     if sum(counts) != n_came:
         raise TokenLayoutError(
-            f"pixel_values holds {n_came} tiles, but {family} makes {counts} of pictures of {list(shown.sizes or ())} "
-            "(height, width) as the processor is set: it was called with other options, or these are other pictures"
+            f"{type(shown.processor).__name__} made {n_came} tiles, but {family} makes {counts} of pictures of "
+            f"{list(shown.sizes or ())} (height, width) as the processor is set: it was called with other options, or these "
+            "are other pictures"
         )

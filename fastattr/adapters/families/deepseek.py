@@ -31,7 +31,7 @@ def padded_box(size: Size, edge: int, least: int) -> Box:
 DEEPSEEK_VL = Family("DeepSeek-VL", look, patch, square_tile, resized=False, interpolates=True)
 
 # one of its two towers has features of a fixed size
-DEEPSEEK_VL_HYBRID = Family("DeepSeek-VL with two towers", look, patch, None, resized=False)
+DEEPSEEK_VL_HYBRID = Family("DeepSeek-VL (two towers)", look, patch, None, resized=False)
 
 JANUS = Family("Janus", look, patch, square_tile, resized=False, interpolates=True)
 

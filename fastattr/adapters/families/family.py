@@ -107,6 +107,7 @@ class Family:
         token_types: the name of the model input that marks image tokens, where the model needs it.
         answer_type: what these mark an answer with.
         tiles: large pictures are read in tiles.
+        along_last: model inputs whose last axis counts patches; of others the first one does.
         joint: the tower's attention spans all images of a forward, so that its cost grows with their square.
     """
 
@@ -125,6 +126,7 @@ class Family:
     answer_type: int = 0
     tiles: bool = False
     joint: bool = False
+    along_last: tuple[str, ...] = ()
 
 
 def looks_of(family: Family, shown: Shown) -> list[Looks]:

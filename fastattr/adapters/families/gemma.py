@@ -67,7 +67,9 @@ def pooled_cell(config: Config) -> int:
 
 
 GEMMA3 = Family(NAME, look, cell, None, token_types="token_type_ids", tiles=True)
-GEMMA3N = Family("Gemma3n", look_once, lambda config: 1, None, token_types="token_type_ids")
+GEMMA3N = Family(  # what its tower sees with one token is said nowhere, and asked for only where pictures can be larger
+    "Gemma3n", look_once, lambda config: 1, None, token_types="token_type_ids"
+)
 GEMMA4 = Family("Gemma4", pooled, pooled_cell, None, token_types="mm_token_type_ids")
 
 FAMILIES = {"gemma3": GEMMA3, "shieldgemma2": GEMMA3, "gemma3n": GEMMA3N, "gemma4": GEMMA4}

@@ -22,7 +22,7 @@ def look(shown: Shown) -> list[Looks]:
 
     def shape(size: Size) -> Shape:
         longest, own = (image_option(shown, NAME, name)["longest_edge"] for name in ("size", "max_image_size"))
-        return shape_of(size, tile, round(longest * tile / own))
+        return shape_of(size, tile, round(longest / own * tile))
 
     return read_tiles(NAME, shown, (1, edge, edge), shape)
 
@@ -48,11 +48,11 @@ def _sides(size: Size, longest: int) -> Size:
 
 
 def larger_tiles(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    """As many tiles, each larger."""
+    """As many tiles, each larger; one, where the processor does not show how it cuts."""
     images = image_half(processor)
     tile = max(size)
-    longest = round(images.size["longest_edge"] * tile / images.max_image_size["longest_edge"])
-    return {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": tile}}
+    n_tiles = 1.0 if images is None else images.size["longest_edge"] / images.max_image_size["longest_edge"]
+    return {"size": {"longest_edge": round(n_tiles * tile)}, "max_image_size": {"longest_edge": tile}}
 
 
 IDEFICS3 = Family(NAME, look, cell, larger_tiles, resized=False, tiles=True)

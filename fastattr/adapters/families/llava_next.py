@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch, side
 from fastattr.adapters.families.llava import centre_square, crops, padded_to_square
@@ -22,21 +23,25 @@ def cells_a_side(config: Config) -> int:
 
 
 def look(shown: Shown) -> list[Looks]:
-    return [_whole_and_mosaic(shown.config, size) for size in _sizes(shown)]
+    return [_whole_and_mosaic(shown.config, size, cells_a_side(shown.config)) for size in _sizes(shown)]
 
 
 def _sizes(shown: Shown) -> list[Size]:
     return [(int(height), int(width)) for height, width in shown.inputs["image_sizes"].tolist()]
 
 
-def _whole_and_mosaic(config: Config, size: Size, most_tiles: int | None = None) -> Looks:
-    """The two looks at a picture; the mosaic is shrunk where it holds many more tokens than `most_tiles` tiles."""
-    edge = cells_a_side(config)
+def _whole_and_mosaic(config: Config, size: Size, edge: int, most_tiles: int | None = None) -> Looks:
+    """The looks at the whole picture and at its mosaic, of tiles of `edge` tokens a side.
+
+    The mosaic is shrunk where it holds many more tokens than `most_tiles` tiles.
+    """
     tile = side(config.vision_config.image_size)
     resolution = best_resolution(size, config.image_grid_pinpoints)
     canvas = (resolution[0] // tile * edge, resolution[1] // tile * edge)
     padding = unpadded(size, canvas)
     height, width = (cells - 2 * each for cells, each in zip(canvas, padding, strict=True))
+    if height * width == 0:  # a picture so slim that none of its mosaic is left, but for line breaks
+        return (Look((1, edge, edge), end=height),)
     box = picture_box(size, resolution, canvas, padding)
     excess = math.sqrt(height * width / (most_tiles * edge**2)) if most_tiles is not None else 1.0
     if excess > 1.1:
@@ -113,7 +118,7 @@ def look_onevision(shown: Shown) -> list[Looks]:
     most_tiles = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     edge = cells_a_side(config)
     return [
-        _whole_and_mosaic(config, size, most_tiles)
+        _whole_and_mosaic(config, size, edge, most_tiles)
         if single
         else (Look((1, edge, edge), padded_to_square(size), end=1),)
         for size, single in zip(sizes, alone, strict=True)
@@ -128,4 +133,20 @@ def watch_onevision(shown: Shown) -> list[Looks]:
 
 LLAVA_ONEVISION = Family("LLaVA-OneVision", look_onevision, patch, None, watch_onevision, resized=False, tiles=True)
 
-FAMILIES = {"llava_next": LLAVA_NEXT, "llava_next_video": LLAVA_NEXT_VIDEO, "llava_onevision": LLAVA_ONEVISION}
+# --- Granite 4 Vision -----------------------------------------------------------------------------------
+
+
+def look_granite(shown: Shown) -> list[Looks]:
+    """As LLaVA-NeXT, but that windows of patches become fewer tokens, which are added at several layers of the decoder."""
+    edge = int(cells_a_side(shown.config) * Fraction(shown.config.downsample_rate))
+    return [_whole_and_mosaic(shown.config, size, edge) for size in _sizes(shown)]
+
+
+GRANITE4_VISION = Family("Granite 4 Vision", look_granite, patch, None, resized=False, tiles=True)
+
+FAMILIES = {
+    "llava_next": LLAVA_NEXT,
+    "llava_next_video": LLAVA_NEXT_VIDEO,
+    "llava_onevision": LLAVA_ONEVISION,
+    "granite4_vision": GRANITE4_VISION,
+}

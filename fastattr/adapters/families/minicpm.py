@@ -1,8 +1,9 @@
-"""MiniCPM-V 4.6: a picture in its own form, and behind it, where it is large, the same squeezed into slices."""
+"""MiniCPM-V 4.6 and 4.7: a picture in its own form, and behind it, where it is large, the same squeezed into slices."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from fastattr.adapters.families.cuts import check_count, image_option
 from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch, whole
@@ -52,5 +53,6 @@ def _shape(size: Size, most: int, edge: int) -> Shape | None:
 
 
 MINICPM = Family(NAME, look, cell, None, resized=False, tiles=True)
+MINICPM_CANVAS = replace(MINICPM, token_types="mm_token_type_ids")  # places of slices are among the positions
 
-FAMILIES = {"minicpmv4_6": MINICPM}
+FAMILIES = {"minicpmv4_6": MINICPM, "minicpmv4_7": MINICPM_CANVAS}

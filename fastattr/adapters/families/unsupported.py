@@ -18,6 +18,11 @@ _ENCODER = (
     "whose hidden states could be read; its cross-attention would be needed"
 )
 
+_MASKED = (
+    "it places its tokens on the picture only where an attention mask is passed, which is not done for one sequence without "
+    "padding, so other states than those of its own generate would be read; a replay that always passes one would be needed"
+)
+
 REASONS: Mapping[str, str] = {
     "mllama": _CROSSED,
     "blip": _CROSSED,
@@ -33,6 +38,10 @@ REASONS: Mapping[str, str] = {
     "chameleon": (
         "its image is made of words of the vocabulary that its output head forbids, so its logits are not hidden states "
         "times output embeddings; a head that says which ids it forbids would be needed"
+    ),
+    "fuyu": (
+        "its image goes into the decoder as bare patches and its processor has no chat; an adapter that says how the patches "
+        "lie and a processor with a chat template would be needed (register_adapter, wrap)"
     ),
     "emu3": (
         "its image is made of words of the vocabulary that the model finds by itself; nobody has proven yet how they lie on "
@@ -51,6 +60,12 @@ REASONS: Mapping[str, str] = {
     "diffusion_gemma": (
         "it writes many tokens at once by denoising them, so no token is predicted from the state before it, which is what is "
         "read here; states of its denoising steps and what they mean would be needed"
+    ),
+    "qwen2_5_omni_thinker": _MASKED,
+    "qwen3_omni_moe_thinker": _MASKED,
+    "glm5_next": (
+        "its processor shrinks and pads pictures to a number of tokens, and nobody has proven yet where they then lie on the "
+        "picture; an adapter that says so would be needed (register_adapter)"
     ),
     "evolla": "it reads proteins, not pictures, so there is nothing to map onto",
     "pi0": "it says actions of a robot, which are numbers, so there are no words whose output embeddings could be read",
