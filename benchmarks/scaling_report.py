@@ -10,6 +10,26 @@ from fastattr.evaluate.tables import markdown
 Row = Mapping[str, Any]
 
 
+def batch_kill_table(header: Row, rows: Sequence[Row]) -> str:
+    """A batch that was killed again and again, beside one that was left alone."""
+    (row,) = rows
+    return markdown(
+        ("rows", "parts", "SIGKILL", "rows after it all", "missing", "twice", "not as in an undisturbed run", "doctor"),
+        [
+            (
+                f"{row['scenes']:,}",
+                str(row["parts"]),
+                str(row["kills"]),
+                f"{row['rows']:,}",
+                str(row["missing"]),
+                str(row["twice"]),
+                str(row["unequal"]),
+                "nothing lost" if row["healthy"] else "damaged",
+            )
+        ],
+    )
+
+
 def scaling_table(header: Row, rows: Sequence[Row]) -> str:
     """Throughput, the cost model beside what was measured, and the projection."""
 

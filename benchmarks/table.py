@@ -10,6 +10,7 @@ from benchmarks.rank_filter import filter_table
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_table
 from benchmarks.sanity import sanity_table
+from benchmarks.scaling_report import batch_kill_table, scaling_table
 from fastattr.evaluate import Results
 from fastattr.evaluate.tables import (
     AGREEMENT,
@@ -318,6 +319,8 @@ TABLES: tuple[tuple[str, str, Callable[[Row, Sequence[Row]], str]], ...] = (
     ("single operations", "rates", rates_table),
     ("long responses", "long", long_table),
     ("beside generation", "overhead", overhead_table),
+    ("scaling", "scaling", scaling_table),
+    ("a batch killed", "batch_kill", batch_kill_table),
     ("compiled kernels", "static", static_table),
     ("logging", "log_load", log_table),
     ("a server killed", "log_server", server_table),

@@ -14,6 +14,7 @@ from benchmarks.rank_filter import filter_table
 from benchmarks.record import RESULTS, read_jsonl
 from benchmarks.rival_report import rivals_summary, rivals_table
 from benchmarks.sanity import sanity_table
+from benchmarks.scaling_report import batch_kill_table, scaling_table
 from benchmarks.table import (
     inventions_summary,
     long_table,
@@ -56,6 +57,8 @@ def test_the_tables_are_those_of_the_results() -> None:
     benchmarks = (ROOT / "benchmarks" / "README.md").read_text()
     assert long_table(*read_jsonl(RESULTS / "long.jsonl")) in benchmarks
     assert overhead_table(*read_jsonl(RESULTS / "overhead.jsonl")) in benchmarks
+    assert scaling_table(*read_jsonl(RESULTS / "scaling.jsonl")) in benchmarks
+    assert batch_kill_table(*read_jsonl(RESULTS / "batch_kill.jsonl")) in benchmarks
     assert filter_table(*read_jsonl(RESULTS / "rank_filter.jsonl")) in benchmarks
     assert rivals_table(*read_jsonl(RESULTS / "rivals.jsonl")) in benchmarks
     assert sanity_table(*read_jsonl(RESULTS / "sanity.jsonl")) in benchmarks

@@ -52,7 +52,7 @@ def _shape(size: Size, most: int, edge: int) -> Shape | None:
     return max(equal, key=lambda shape: shape[0])
 
 
-MINICPM = Family(NAME, look, cell, None, resized=False, tiles=True)
+MINICPM = Family(NAME, look, cell, None, resized=False, tiles=True, along_last=("pixel_values",))
 MINICPM_CANVAS = replace(MINICPM, token_types="mm_token_type_ids")  # places of slices are among the positions
 
 FAMILIES = {"minicpmv4_6": MINICPM, "minicpmv4_7": MINICPM_CANVAS}
