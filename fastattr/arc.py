@@ -7,6 +7,9 @@ coherent and kept, context that does not is interference and is suppressed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from fastattr import ops
@@ -14,29 +17,34 @@ from fastattr.errors import InputError
 from fastattr.types import AttributionConfig, OutputHead, ScaleStates
 
 
-def rankings(states: ScaleStates, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
+def rankings(rows: Sequence[ScaleStates], head: OutputHead, top_k: int, backend: str) -> list[tuple[Tensor, Tensor]]:
     """What the model ranks highest where each context token is read, and what it made of the targets.
 
-    One pass over the vocabulary gives both.
+    One pass over the vocabulary gives both, for all rows: the output embeddings, the largest thing there is, are read
+    once.
 
     Returns:
-        ordered ids int32 `[context k]` and the targets' log-probabilities in nats `[target]`.
+        of each row ordered ids int32 `[context k]` and the targets' log-probabilities in nats `[target]`.
 
     Raises:
         InputError: when `top_k` is larger than the vocabulary.
     """
-    predictions = states.predictions
-    ids, logsumexp = rank(predictions, head, top_k, backend)
-    n_prompt = len(states.layout.prompt)
+    predictions = [row.predictions for row in rows]
+    ids, logsumexp = rank(torch.cat(predictions), head, top_k, backend)
+    n_targets = [row.layout.n_targets for row in rows]
     own = ops.lm_head_logit(
-        predictions[n_prompt:],
+        torch.cat([each[-n:] for each, n in zip(predictions, n_targets, strict=True)]),
         head.weight,
-        states.target_ids,
+        torch.cat([row.target_ids for row in rows]),
         head.bias,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
     )
-    return ids, own - logsumexp[n_prompt:]
+    sizes = [len(each) for each in predictions]
+    return [
+        (of_row, logits - total[-len(logits) :])
+        for of_row, total, logits in zip(ids.split(sizes), logsumexp.split(sizes), own.split(n_targets), strict=True)
+    ]
 
 
 def rank(states: Tensor, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:

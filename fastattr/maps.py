@@ -41,7 +41,16 @@ def class_activations(hidden_states: Tensor, head: OutputHead, ids: Tensor) -> T
 
 def log_probs(states: ScaleStates, head: OutputHead) -> Tensor:
     """Log-probability (nats) of every target where it was predicted, `[target]`."""
-    return log_prob_of(states.predictions[len(states.layout.prompt) :], head, states.target_ids)
+    return log_probs_of_all([states], head)[0]
+
+
+def log_probs_of_all(rows: Sequence[ScaleStates], head: OutputHead) -> list[Tensor]:
+    """`log_probs` of each of several readings, from one pass over the vocabulary."""
+    if not rows:
+        return []
+    predicting = torch.cat([row.predictions[len(row.layout.prompt) :] for row in rows])
+    found = log_prob_of(predicting, head, torch.cat([row.target_ids for row in rows]))
+    return list(found.split([row.layout.n_targets for row in rows]))
 
 
 def log_prob_of(states: Tensor, head: OutputHead, ids: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from fastattr.maps import (
     image_activations,
     is_degenerate,
     joint_range,
-    log_probs,
+    log_probs_of_all,
     normalise_maps,
     normalise_scores,
     score_range,
@@ -55,17 +55,50 @@ def explain_states(
         StatesError, TokenLayoutError, InputError: see `check_states`, `common_grids`, `rankings` and `memory.plan`.
         SaveError: results do not fit on the disk either.
     """
-    for reading in readings:
-        check_states(reading, head)
-    if config.compat is not None and (memory_limit is not None or targets is not None):
+    return explain_responses([readings], head, config, targets=[targets], memory_limit=memory_limit)[0]
+
+
+@torch.no_grad()
+def explain_responses(
+    rows: Sequence[Sequence[ScaleStates]],
+    head: OutputHead,
+    config: AttributionConfig,
+    *,
+    targets: Sequence[Sequence[int] | None],
+    memory_limit: int | None = None,
+) -> list[TokenMaps]:
+    """`explain_states` of several responses; what needs the vocabulary is done for all of them at once."""
+    for readings in rows:
+        for reading in readings:
+            check_states(reading, head)
+        if config.compat is not None and any(group.views for each in readings for group in each.layout.images):
+            raise InputError(
+                "compat='tam' knows whole pictures only, but the layout holds views (tiles); leave compat out"
+            )
+        common_grids([reading.layout for reading in readings])
+        check_responses(readings)
+    if config.compat is not None and (memory_limit is not None or any(each is not None for each in targets)):
         raise InputError(
             "compat='tam' explains all tokens in memory, as the reference does; leave memory_limit and targets out"
         )
+    predicted = predict(rows, head, config)
+    return [
+        _explain(readings, head, config, mine, chosen, memory_limit)
+        for readings, mine, chosen in zip(rows, predicted, targets, strict=True)
+    ]
+
+
+def _explain(
+    readings: Sequence[ScaleStates],
+    head: OutputHead,
+    config: AttributionConfig,
+    predicted: Predicted,
+    targets: Sequence[int] | None,
+    memory_limit: int | None,
+) -> TokenMaps:
+    """One response whose readings were checked."""
     base = readings[base_scale(config.scales)]
-    if config.compat is not None and any(group.views for group in base.layout.images):
-        raise InputError("compat='tam' knows whole pictures only, but the layout holds views (tiles); leave compat out")
     grids = common_grids([reading.layout for reading in readings])
-    check_responses(readings)
     device, layout = base.hidden_states.device, base.layout
     n_targets, n_context = layout.n_targets, len(layout.context)
     shape = Shape(
@@ -77,7 +110,7 @@ def explain_states(
         dim=base.hidden_states.shape[1],
     )
     cut = plan(shape, device, memory_limit)
-    shared = share_work(readings, head, config, grids, keep_lit=cut.chunk is None)
+    shared = share_work(readings, head, config, grids, predicted, keep_lit=cut.chunk is None)
 
     disk = Disk() if cut.on_disk else None
     zeros = partial(torch.zeros, device=device) if disk is None else disk.zeros
@@ -187,33 +220,61 @@ class Shared:
         return torch.cat([each.flatten(1) for each in maps], dim=1)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """What the model predicts of one response.
+
+    Attributes:
+        ranked: int32 `[context k]`, see `rankings`; None but for ARC.
+        log_prob: `[target scale]` in nats.
+    """
+
+    ranked: Tensor | None
+    log_prob: Tensor
+
+
+def predict(rows: Sequence[Sequence[ScaleStates]], head: OutputHead, config: AttributionConfig) -> list[Predicted]:
+    """What the model predicts of each response: one pass over the vocabulary for the base scale of all, one for the rest.
+
+    Args:
+        rows: of each response one reading for each scale.
+    """
+    base = base_scale(config.scales)
+    bases = [readings[base] for readings in rows]
+    ranked: Sequence[Tensor | None] = [None] * len(rows)
+    if config.method == "arc":
+        backend = ops.resolve(config.backend, bases[0].hidden_states.device)
+        ranked, own = zip(*rankings(bases, head, config.top_k, backend), strict=True)
+    else:
+        own = tuple(log_probs_of_all(bases, head))
+    others = iter(log_probs_of_all([each for row in rows for s, each in enumerate(row) if s != base], head))
+    return [
+        Predicted(ids, torch.stack([mine if s == base else next(others) for s in range(len(config.scales))], dim=1))
+        for ids, mine in zip(ranked, own, strict=True)
+    ]
+
+
 def share_work(
     readings: Sequence[ScaleStates],
     head: OutputHead,
     config: AttributionConfig,
     grids: tuple[Grid, ...],
+    predicted: Predicted,
     *,
     keep_lit: bool,
 ) -> Shared:
     """What the model predicts, how far its decision holds at every scale, and what all context lights up."""
     index = base_scale(config.scales)
-    base = readings[index]
-    backend = ops.resolve(config.backend, base.hidden_states.device)
-    if config.method == "arc":
-        ranked, own_log_prob = rankings(base, head, config.top_k, backend)
-    else:
-        ranked, own_log_prob = None, log_probs(base, head)
-    log_prob = torch.stack([own_log_prob if each is base else log_probs(each, head) for each in readings], dim=1)
-    agreement = (log_prob - own_log_prob[:, None]).exp()
+    agreement = (predicted.log_prob - predicted.log_prob[:, [index]]).exp()
     return Shared(
         readings=tuple(readings),
         head=head,
         config=config,
-        backend=backend,
+        backend=ops.resolve(config.backend, readings[index].hidden_states.device),
         base=index,
         grids=grids,
-        ranked=ranked,
-        log_prob=log_prob,
+        ranked=predicted.ranked,
+        log_prob=predicted.log_prob,
         agreement=agreement,
         weights=scale_weights(agreement, config),
         lit=tuple(image_activations(each, head) for each in readings) if keep_lit else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +16,8 @@ from fastattr import ops
 from fastattr.chat import PICTURES, Chat, Messages, Prompt, read_prompt, text_of
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
-from fastattr.maps import check_head, check_states, log_probs
-from fastattr.method import explain_states
+from fastattr.maps import check_head, check_states, log_probs, log_probs_of_all
+from fastattr.method import explain_responses, explain_states
 from fastattr.msea import base_scale
 from fastattr.regions import spread, weigh, windows
 from fastattr.targets import Targets, choose_targets
@@ -167,17 +168,24 @@ def _attribute_rows(
         for s in range(len(config.scales))
     ]
     blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
+    readings = [[read[i] for read in by_scale] for i in range(len(rows))]
+    chosen = [
+        None if targets is None else choose_targets(targets, decode_tokens(each.tolist(), model.decode))
+        for each in responses
+    ]
+    if config.regions and memory_limit is not None:
+        raise InputError("regions=n weighs all maps at once; leave memory_limit out, or use regions=0")
+    explained = explain_responses(readings, model.head, config, targets=chosen, memory_limit=memory_limit)
     found = []
-    for i, (seen, prompt) in enumerate(zip(visuals, prompts, strict=True)):
-        readings = [read[i] for read in by_scale]
-        said = decode_tokens(responses[i].tolist(), model.decode)
-        chosen = None if targets is None else choose_targets(targets, said)
-        maps = explain_readings(model, seen, prompt, readings, config, targets=chosen, memory_limit=memory_limit)
-        without = blanked[i]
+    for maps, mine, seen, prompt, asked, without in zip(
+        explained, readings, visuals, prompts, chosen, blanked, strict=True
+    ):
+        if config.regions:
+            maps = weigh_maps(maps, regional_evidence(model, seen, prompt, mine[0], config.regions))
         found.append(
             finish(
                 maps,
-                readings,
+                mine,
                 config,
                 decode=model.decode,
                 evidence=None if without is None else maps.log_prob - without,
@@ -186,8 +194,8 @@ def _attribute_rows(
                 model=model.name,
                 calibration=model.calibration,
                 source="replay",
-                notes=notes_of(maps, readings[0].layout, config, seen, chosen, takes_videos=model.takes_videos),
-                targets=chosen,
+                notes=notes_of(maps, mine[0].layout, config, seen, asked, takes_videos=model.takes_videos),
+                targets=asked,
             )
         )
     return found
@@ -373,18 +381,13 @@ def explain_readings(
     prompt: Prompt,
     readings: Sequence[ScaleStates],
     config: AttributionConfig,
-    *,
-    targets: Sequence[int] | None = None,
-    memory_limit: int | None = None,
 ) -> TokenMaps:
     """`explain_states`, and the model asked again where the configuration says so (`regions`).
 
     Args:
         readings: one for each scale of `config.scales`, of these images, this prompt and one response.
     """
-    if config.regions and memory_limit is not None:
-        raise InputError("regions=n weighs all maps at once; leave memory_limit out, or use regions=0")
-    maps = explain_states(readings, model.head, config, targets=targets, memory_limit=memory_limit)
+    maps = explain_states(readings, model.head, config)
     if not config.regions:
         return maps
     return weigh_maps(maps, regional_evidence(model, visuals, prompt, readings[0], config.regions))
@@ -438,7 +441,7 @@ def _blanked(
         adapters.encode(model, [visual.blank() for visual in seen], prompt, scale=scale)
         for seen, prompt in zip(visuals, prompts, strict=True)
     ]
-    return [log_probs(each, model.head).cpu() for each in adapters.replay_batch(model, encoded, responses)]
+    return [each.cpu() for each in log_probs_of_all(adapters.replay_batch(model, encoded, responses), model.head)]
 
 
 def finish(
@@ -502,7 +505,8 @@ def _versions(backend: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, _version(name)) for name in names)
 
 
-def _version(name: str) -> str:
+@cache
+def _version(name: str) -> str:  # reading a package's metadata takes milliseconds
     try:
         return version(name)
     except PackageNotFoundError:  # imported from a source tree

@@ -107,7 +107,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "qwen2_vl" in table and "gemma3" in table
     assert run(monkeypatch, "models", "--json") == 0
     rows = {row["model_type"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["gemma3"]["scales"] == "1 only"
+    assert rows["gemma3"]["scales"] == "1"
     assert rows["qwen2_5_vl"]["scales"] == "any"
 
 

@@ -183,9 +183,7 @@ def test_maps_at_every_scale_the_family_can_show(family: str, model: fastattr.Mo
 def test_a_family_with_a_fixed_number_of_tokens_says_so() -> None:
     held = tiny.gemma3()
     model = fastattr.wrap(held.hf_model, held.processor)
-    with pytest.raises(
-        fastattr.ScaleError, match=r"always uses 16 tokens a tile, so scale 1.5 .* use scales=\(1.0,\)"
-    ):
+    with pytest.raises(fastattr.ScaleError, match=r"always uses 16 tokens a tile, so scale 1.5 .* use scales=\(1.0,\)"):
         fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=(1.0, 1.5))
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fastattr
 from benchmarks.cases import Case as Large
 from fastattr.memory import Disk, Plan, Shape, plan
-from fastattr.method import explain_block, explain_states, share_work
+from fastattr.method import explain_block, explain_states, predict, share_work
 from fastattr.msea import common_grids
 from fastattr.types import AttributionConfig
 from tests.engine.test_method import Case, cases
@@ -48,7 +48,8 @@ def test_blocks_and_chunks_are_the_whole(case: Case, method: Any, aggregate: Any
         for hidden, ids, layout, scale in zip(case.hidden, case.ids, case.layouts, case.scales, strict=True)
     ]
     whole = explain_states(readings, case.head, config)
-    shared = share_work(readings, case.head, config, common_grids(case.layouts), keep_lit=False)
+    (predicted,) = predict([readings], case.head, config)
+    shared = share_work(readings, case.head, config, common_grids(case.layouts), predicted, keep_lit=False)
     targets = readings[0].layout.n_targets
     for start in range(0, targets, size):
         block = slice(start, min(targets, start + size))

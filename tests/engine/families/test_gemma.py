@@ -15,13 +15,14 @@ from fastattr import adapters
 from fastattr.adapters.families import Shown
 from tests.engine.families.other_ways import prove_other_ways
 from tests.engine.families.proof import Row, prove, read, wrap
-from tests.engine.families.tiny_gemma import gemma3_scanned, gemma3n, gemma4, paligemma, paligemma2
+from tests.engine.families.tiny_gemma import gemma3_scanned, gemma3n, gemma4, paligemma, paligemma2, shieldgemma2
 from tests.engine.families.tiny_llava import captured
 from tests.engine.family_models import ANSWER, PROMPT, Tiny, gemma3, picture
 
 ROWS = [
     Row("gemma3", gemma3, [(4, 4)], (1, 4, 4), scales=(1.0,)),
     Row("gemma3", gemma3_scanned, [(4, 4)] * 3, (1, 4, 8), scales=(1.0,)),
+    Row("shieldgemma2", shieldgemma2, [(4, 4)], (1, 4, 4), scales=(1.0,)),
     Row(
         "gemma3n",
         gemma3n,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 import fastattr
 from fastattr.adapters.families import Looks, Shown
+from fastattr.types import WHOLE_IMAGE
 from tests.engine.families import tiny_lfm2, tiny_llama4
 from tests.engine.families.other_ways import prove_other_ways
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, read, wrap
@@ -169,16 +169,11 @@ def sizes(n: int) -> list[tuple[int, int]]:
     return [(h, w) for h, w in any_size + whole_tiles + [[h, 2 * h] for h in range(9, 120, 7)]]
 
 
-def looks_by_size(row: Row, size: tuple[int, int], n_tiles: int) -> Looks:
+def looks_by_size(model: fastattr.Model, size: tuple[int, int], n_tiles: int) -> Looks:
     """What the family makes of a picture of this size, cut as its processor is set."""
-    model = wrap(row) if row.make not in _held else _held[row.make]
-    _held[row.make] = model
     pixels = torch.zeros(n_tiles, 3, TILE, TILE)
     (looks,) = model.family.look(Shown(model.config, model.processor, {"pixel_values": pixels}, [size]))
     return looks
-
-
-_held: dict[Any, fastattr.Model] = {}
 
 
 def rows_and_columns(looks: Looks) -> tuple[int, int]:
@@ -189,26 +184,25 @@ def rows_and_columns(looks: Looks) -> tuple[int, int]:
 @pytest.mark.parametrize("longest", [4 * TILE, 5 * TILE + 6])
 def test_idefics3_cuts_as_its_image_processor_does(longest: int) -> None:
     real = Idefics3ImageProcessorPil(size={"longest_edge": longest}, max_image_size={"longest_edge": TILE})
-    row = row_of(idefics3_tiles)
-    model = wrap(row)
+    model = wrap(row_of(idefics3_tiles))
     model.processor.image_processor.size = {"longest_edge": longest}
-    _held[row.make] = model
     for height, width in sizes(60):
         seen = real([Image.new("RGB", (width, height))], return_tensors="pt", return_row_col_info=True)
         n = seen["pixel_values"].shape[1]
         expected = (max(1, seen["rows"][0][0]), max(1, seen["cols"][0][0]))
-        assert rows_and_columns(looks_by_size(row, (height, width), n)) == expected, (height, width)
+        assert rows_and_columns(looks_by_size(model, (height, width), n)) == expected, (height, width)
 
 
 def test_internvl_cuts_as_its_image_processor_does() -> None:
     """Tiles by their colours: the picture is a slope from left to right and from top to bottom."""
     real = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, crop_to_patches=True, max_patches=6)
+    model = wrap(row_of(internvl_tiles))
     for height, width in sizes(60):
         slope = np.zeros((height, width, 3), np.uint8)
         slope[..., 0] = np.linspace(0, 255, width)[None]
         slope[..., 1] = np.linspace(0, 255, height)[:, None]
         tiles = real([Image.fromarray(slope)], return_tensors="pt")["pixel_values"]
-        looks = looks_by_size(row_of(internvl_tiles), (height, width), len(tiles))
+        looks = looks_by_size(model, (height, width), len(tiles))
         for axis, channel in ((0, 0), (1, 1)):
             colour = tiles[:, channel].mean(dim=(1, 2))
             middle = torch.tensor([(look.box[axis] + look.box[axis + 2]) / 2 for look in looks])
@@ -221,18 +215,34 @@ def test_internvl_cuts_as_its_image_processor_does() -> None:
 
 @pytest.mark.parametrize("stretch", [False, True])
 def test_llama4_cuts_as_its_image_processor_does(stretch: bool) -> None:
-    row = dataclasses.replace(row_of(llama4), make=lambda: llama4(stretch=stretch))
-    images = wrap(row).processor.image_processor
+    held = llama4(stretch=stretch)
+    model, images = fastattr.wrap(held.hf_model, held.processor), held.processor.image_processor
+    square = SizeDict(height=TILE, width=TILE)
+    choices = torch.tensor(tiny_llama4.REAL["find_supported_resolutions"](6, square))
     for height, width in sizes(60):
-        rows, columns, _ = images.lay(np.zeros((3, height, width), np.uint8), SizeDict(height=TILE, width=TILE))
-        n = rows * columns + (rows * columns > 1)
-        looks = looks_by_size(row, (height, width), n)
+        chosen = tiny_llama4.REAL["get_best_fit"]((height, width), choices, stretch)
+        rows, columns = (chosen // TILE).tolist()
+        looks = looks_by_size(model, (height, width), rows * columns + (rows * columns > 1))
         assert rows_and_columns(looks) == (rows, columns), (height, width)
-        choices = torch.tensor(tiny_llama4.REAL["find_supported_resolutions"](6, SizeDict(height=TILE, width=TILE)))
-        assert tiny_llama4.REAL["get_best_fit"]((height, width), choices, stretch).tolist() == [
-            rows * TILE,
-            columns * TILE,
-        ]
+        _, _, laid = images.lay(np.full((3, height, width), 255, np.uint8), square)
+        filled = [
+            np.count_nonzero(laid[0].max(axis=axis)) for axis in (1, 0)
+        ]  # pixels of the picture among its padding
+        assert looks[0].box == pytest.approx((0, 0, TILE / filled[1], TILE / filled[0])), (height, width)
+
+
+def test_minicpm_cuts_as_its_image_processor_does() -> None:
+    model = wrap(row_of(minicpm))
+    for height, width in sizes(60):
+        seen = model.processor.image_processor([Image.new("RGB", (width, height))], return_tensors="pt")
+        (looks,) = model.family.look(
+            Shown(model.config, model.processor, {"target_sizes": seen["target_sizes"]}, [(height, width)])
+        )
+        assert looks[0].box == WHOLE_IMAGE
+        slices = looks[1:]
+        grid = [len({each.box[side] for each in slices}) for side in (1, 0)]
+        assert grid == list(seen["grids"][0]), (height, width)
+        assert [list(each.grid[1:]) for each in looks] == (seen["target_sizes"] // 4).tolist()
 
 
 def test_lfm2_cuts_as_its_image_processor_does() -> None:

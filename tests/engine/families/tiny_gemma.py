@@ -29,6 +29,16 @@ def gemma3_scanned() -> Tiny:
     return held
 
 
+def shieldgemma2() -> Tiny:
+    """Gemma 3 under another name, as transformers loads it for text."""
+    held = tiny.gemma3()
+    parts = {name: each for name, each in held.hf_model.config.to_dict().items() if name != "model_type"}
+    hf_model = transformers.Gemma3ForConditionalGeneration(transformers.ShieldGemma2Config(**parts)).eval()
+    hf_model.load_state_dict(held.hf_model.state_dict())
+    hf_model.generation_config = held.hf_model.generation_config
+    return Tiny(hf_model, held.processor)
+
+
 def paligemma(kind: str = "gemma", **options: object) -> Tiny:
     special = ("<pad>", "<eos>", "<bos>", "<image>")
     chat = tiny._chat("", "<image>", "", "")
