@@ -46,7 +46,8 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: Model, encoded: EncodedExample, *, layer: int = -1) -> None:
         self.encoded = encoded
-        self._hf_model = model.hf_model
+        self._hf_model, self._masked = model.hf_model, model.family.masked
+        self._n_read = 0
         self._inner = getattr(unwrap_peft(model.hf_model), "model", None)
         self._module, self._norm = layer_modules(model.hf_model, layer)
         self._cache: Any = None
@@ -81,6 +82,9 @@ class Decoder:
         return self._last.all[-1:]
 
     def _read(self, ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        self._n_read += len(ids)
+        if self._masked:
+            inputs["attention_mask"] = ids.new_ones(1, self._n_read)
         with (
             record_output(decoder_of(self._hf_model)) as last,
             record_output(self._module) as chosen,

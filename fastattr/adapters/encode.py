@@ -208,7 +208,8 @@ def stackable(model: Model, examples: Sequence[EncodedExample]) -> list[list[int
         )
         batches = groups.setdefault(key, [[]])
         held = sum(examples[k].n_image for k in batches[-1])
-        if model.family.joint and batches[-1] and held + each.n_image > MAX_JOINT_TOKENS:
+        full = not model.family.stacks or (model.family.joint and held + each.n_image > MAX_JOINT_TOKENS)
+        if full and batches[-1]:
             batches.append([])
         batches[-1].append(i)
     return [batch for batches in groups.values() for batch in batches]

@@ -14,7 +14,7 @@ from fastattr.adapters.model import Model
 from fastattr.chat import Prompt
 from fastattr.errors import InputError, StatesError
 from fastattr.images import Visual
-from fastattr.maps import log_probs
+from fastattr.maps import log_probs_of_all
 from fastattr.types import ScaleStates
 
 
@@ -120,7 +120,7 @@ def log_probs_of_images(
     rows = [torch.empty(0, len(response_ids))]
     remaining = iter(variants)
     while batch := [encode(model, images, prompt) for images in islice(remaining, batch_size)]:
-        for examples in [batch] if alike(batch) else [[each] for each in batch]:
+        for examples in [batch] if model.family.stacks and alike(batch) else [[each] for each in batch]:
             rows.append(_batch_log_probs(model, examples, response_ids))
     return torch.cat(rows)
 
@@ -133,7 +133,7 @@ def _batch_log_probs(model: Model, examples: Sequence[EncodedExample], response_
     layout = examples[0].layout(len(response_ids))
     home = model.head.weight.device
     states = [ScaleStates(each.to(home), ids.to(home), layout) for each in last]
-    return torch.stack([log_probs(each, model.head) for each in states]).cpu()
+    return torch.stack(log_probs_of_all(states, model.head)).cpu()
 
 
 @torch.no_grad()
@@ -154,8 +154,10 @@ def forward(
     hf_model = model.hf_model
     module, norm = layer_modules(hf_model, layer)
     inputs = {name: along(model, name, value, fed_ids.shape[1]) for name, value in model_inputs.items()}
+    if attention_mask is None and model.family.masked:
+        attention_mask = torch.ones_like(fed_ids)
     if attention_mask is not None:
-        inputs["attention_mask"] = attention_mask
+        inputs.setdefault("attention_mask", attention_mask)
     with (
         record_output(decoder_of(hf_model)) as last,
         record_output(module) as chosen,

@@ -108,6 +108,8 @@ class Family:
         answer_type: what these mark an answer with.
         tiles: large pictures are read in tiles.
         along_last: model inputs whose last axis counts patches; of others the first one does.
+        stacks: inputs of several examples can be joined. Not where they hold indices into one another.
+        masked: positions are computed only where an attention mask is given, so one of ones always is.
         joint: the tower's attention spans all images of a forward, so that its cost grows with their square.
     """
 
@@ -127,6 +129,8 @@ class Family:
     tiles: bool = False
     joint: bool = False
     along_last: tuple[str, ...] = ()
+    stacks: bool = True
+    masked: bool = False
 
 
 def looks_of(family: Family, shown: Shown) -> list[Looks]:
