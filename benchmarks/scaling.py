@@ -27,6 +27,7 @@ import torch
 import fastattr
 from benchmarks.cases import Case
 from benchmarks.cost import one_thread, progress
+from benchmarks.overhead import MODELS
 from benchmarks.record import RESULTS, machine, read_jsonl, write_jsonl
 from benchmarks.sides import FILTER, INTERFERENCE, OVERLAP, PRODUCTS, SCALES, TOP_K, run_engine
 from fastattr.demo.scenes import HELD_OUT, make_scene
@@ -132,11 +133,15 @@ def measure_stages(case: Case, repeats: int = 3) -> Row:
     return {"case": asdict(case), "work": stage_work(work_of(case)), "stage_s": stages}
 
 
-def throughput_of_batches(sizes: Sequence[int], n: int) -> list[Row]:
-    """Responses a second on one thread, the same ones in batches of different sizes, in turn."""
+def throughput_of_batches(name: str, sizes: Sequence[int], n: int) -> list[Row]:
+    """Responses a second on one thread, the same ones in batches of different sizes, in turn.
+
+    Args:
+        name: the bundled model, or the one with random weights and a full vocabulary, of `overhead.MODELS`.
+    """
     torch.set_num_threads(1)
-    model = fastattr.load("shapes")
-    rows = _rows(model, n)
+    rows = _rows(fastattr.load("shapes"), n)
+    model = MODELS[name]()
     config = AttributionConfig(scales=(1.0,))
     spent: dict[int, list[float]] = {size: [] for size in sizes}
     for _ in range(3):
@@ -145,7 +150,10 @@ def throughput_of_batches(sizes: Sequence[int], n: int) -> list[Row]:
             for start in range(0, n, size):
                 fastattr.attribute_batch(model, rows[start : start + size], config)
             spent[size].append(time.perf_counter() - began)
-    return [{"batch": size, "responses_per_s": round(n / statistics.median(times), 2)} for size, times in spent.items()]
+    return [
+        {"model": name, "batch": size, "responses_per_s": round(n / statistics.median(times), 2)}
+        for size, times in spent.items()
+    ]
 
 
 def throughput_of_lengths(lengths: Sequence[int]) -> list[Row]:
@@ -299,7 +307,7 @@ def measure(
                 }
             )
         rows.append({"record": "rates", "operations_per_s": {name: 1 / rate for name, rate in rates.items()}})
-        rows += [{"record": "batch", **row} for row in throughput_of_batches(batches, n)]
+        rows += [{"record": "batch", **row} for name in MODELS for row in throughput_of_batches(name, batches, n)]
         rows += [{"record": "length", **row} for row in throughput_of_lengths(lengths)]
     rows += [{"record": "workers", **row} for row in throughput_of_workers(workers, n)]
     _, logged = read_jsonl(RESULTS / "log_load.jsonl")

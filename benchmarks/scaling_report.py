@@ -60,15 +60,19 @@ def scaling_table(header: Row, rows: Sequence[Row]) -> str:
         ("what", "how many", "throughput"),
         [
             *(
-                (("rows in a batch", str(row["batch"]), f"{row['responses_per_s']:g} responses a second"))
+                (
+                    f"rows in a batch, {row['model']}",
+                    str(row["batch"]),
+                    f"{row['responses_per_s']:g} responses a second",
+                )
                 for row in of("batch")
             ),
             *(
-                (("tokens in a response", f"{row['length']:,}", f"{row['tokens_per_s']:g} tokens a second"))
+                ("tokens in a response", f"{row['length']:,}", f"{row['tokens_per_s']:g} tokens a second")
                 for row in of("length")
             ),
             *(
-                (("processes", str(row["workers"]), f"{row['responses_per_s']:g} responses a second"))
+                ("processes", str(row["workers"]), f"{row['responses_per_s']:g} responses a second")
                 for row in of("workers")
             ),
         ],
