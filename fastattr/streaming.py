@@ -296,15 +296,14 @@ class Stream:
             best, _ = ops.lm_head_topk(
                 self._own.next_state,
                 head.weight,
-                2,
+                len(self._model.placeholder_ids) + 1,
                 head.bias,
                 logit_scale=head.logit_scale,
                 softcap=head.softcap,
                 valid_vocab=head.valid_vocab,
                 backend=self._backend,
             )
-            first, second = best[0].tolist()
-            token_id = second if first == self._model.image_token_id else first
+            token_id = next(each for each in best[0].tolist() if each not in self._model.placeholder_ids)
             if token_id in stops:
                 return
             yield token_id

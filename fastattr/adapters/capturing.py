@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fastattr.adapters.buffer import Pages, StateBuffer
-from fastattr.adapters.encode import encode, group_images, text_positions
+from fastattr.adapters.encode import encode, group_images
 from fastattr.adapters.families import Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import decoder_of, unwrap_peft
 from fastattr.adapters.model import Model
 from fastattr.adapters.states import forward
+from fastattr.adapters.wording import text_positions
 from fastattr.chat import Prompt, as_chat
 from fastattr.errors import InputError
 from fastattr.images import Visual
@@ -238,21 +239,20 @@ def captured_reading(
         )
     hidden, source = states.read(sequence)
     ids = prefill.tolist()
-    has_films = model.film_token_id in ids and model.family.watch is not None
+    alike = model.film_token_id == model.image_token_id  # then only the processor tells what frames were shown as
+    has_films = model.film_token_id in ids and model.family.watch is not None and (model.takes_videos or not alike)
     films = [has_films and len(visual.frames) > 1 for visual in visuals]
     inputs = {**states.model_inputs, "input_ids": prefill[None]}
 
     def shown(of_films: bool) -> Shown:
-        sizes = [
-            visual.size
-            for visual, film in zip(visuals, films, strict=True)
-            for _ in range(1 if film else len(visual.frames))
-            if film == of_films
-        ]
-        return Shown(model.config, model.processor, inputs, sizes if visuals else None)
+        mine = [visual for visual, film in zip(visuals, films, strict=True) if film == of_films]
+        sizes = [visual.size for visual in mine for _ in range(1 if of_films else len(visual.frames))]
+        n_frames = [len(visual.frames) for visual in mine] if of_films and visuals else None
+        return Shown(model.config, model.processor, inputs, sizes if visuals else None, n_frames)
 
-    videos = video_looks_of(model.family, shown(True)) if has_films else []
-    images = looks_of(model.family, shown(False)) if model.image_token_id in ids or not videos else []
+    videos = video_looks_of(model.family, shown(True)) if has_films and (any(films) or not visuals) else []
+    has_images = not all(films) if visuals else model.image_token_id in ids or not videos
+    images = looks_of(model.family, shown(False)) if has_images else []
     counts = [(False, 1)] * len(images) + [(True, 0)] * len(videos)
     if visuals:
         counts = [(film, 0 if film else len(v.frames)) for v, film in zip(visuals, films, strict=True)]
@@ -270,7 +270,7 @@ def captured_reading(
         special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
         positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
     else:
-        positions = text_positions(model, as_chat(prompt, len(visuals) or len(counts)), prefill)
+        positions = text_positions(model, as_chat(prompt, len(visuals) or len(counts)), prefill, groups)
     return ScaleStates(hidden, sequence, TokenLayout(groups, positions, (start, len(sequence)))), source
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastattr.adapters.encode import EncodedExample
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
 from fastattr.adapters.model import Model
+from fastattr.errors import UnsupportedModelError
 
 
 class Rows:
@@ -46,15 +47,20 @@ class Decoder:
     @torch.no_grad()
     def __init__(self, model: Model, encoded: EncodedExample, *, layer: int = -1) -> None:
         self.encoded = encoded
-        self._hf_model, self._masked = model.hf_model, model.family.masked
-        self._n_read = 0
+        self._hf_model = model.hf_model
         self._inner = getattr(unwrap_peft(model.hf_model), "model", None)
         self._module, self._norm = layer_modules(model.hf_model, layer)
-        self._cache: Any = None
+        from transformers import DynamicCache
+
+        # made here as `generate` does: some decoders make none by themselves
+        self._cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
         self._rope_deltas: Any = None
+        inputs = dict(encoded.model_inputs)
+        if model.family.masked:  # later steps count on from the cache
+            inputs["attention_mask"] = torch.ones_like(encoded.input_ids)[None]
         interpolate = model.family.interpolates and encoded.scale != 1.0
         with interpolated_positions(model.hf_model, interpolate):
-            last, chosen = self._read(encoded.input_ids, dict(encoded.model_inputs))
+            last, chosen = self._read(encoded.input_ids, inputs)
         self._last = Rows(last)
         self._chosen = self._last if chosen is last else Rows(chosen)
 
@@ -82,9 +88,6 @@ class Decoder:
         return self._last.all[-1:]
 
     def _read(self, ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        self._n_read += len(ids)
-        if self._masked:
-            inputs["attention_mask"] = ids.new_ones(1, self._n_read)
         with (
             record_output(decoder_of(self._hf_model)) as last,
             record_output(self._module) as chosen,
@@ -94,6 +97,10 @@ class Decoder:
                 input_ids=ids[None], **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
         self._cache = out.past_key_values
+        if self._cache is None:
+            raise UnsupportedModelError(
+                f"{type(self._hf_model).__name__} gives no cache back, so it cannot be read token by token; use attribute"
+            )
         final = last[-1][0]
         return final, final if self._norm is None else self._norm(chosen[-1])[0]
 

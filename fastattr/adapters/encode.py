@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor, nn
 
 from fastattr.adapters.families import Family, Look, Looks, Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import unwrap_peft
 from fastattr.adapters.model import Model, accepts
+from fastattr.adapters.wording import ShownAs, render, text_positions
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
 from fastattr.images import Visual
-from fastattr.text import decode_tokens
 from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
@@ -90,7 +89,7 @@ def encode_scales(
             f"{model.name} ({model.family.name}) writes one placeholder for images and for videos, so that a prompt holds "
             "either; ask about them apart, or pass the frames of the video as images"
         )
-    text = _render(model, chat, pictures)
+    text = render(model, chat, [picture.shown_as for picture in pictures])
     base = _process(model, text, pictures)  # also what the other scales are relative to
     processed = [
         base if scale == 1.0 else _process_scaled(model, text, pictures, base.looks, scale) for scale in scales
@@ -112,6 +111,10 @@ class _Picture:
     @property
     def n_images(self) -> int:
         return 0 if self.film else len(self.visual.frames)
+
+    @property
+    def shown_as(self) -> ShownAs:
+        return self.film, self.n_images
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,8 @@ def _example(
     model: Model, pictures: Sequence[_Picture], chat: Chat, processed: _Processed, scale: float
 ) -> EncodedExample:
     input_ids = processed.inputs["input_ids"][0].to(model.device)
-    counts = [(picture.film, picture.n_images) for picture in pictures]
-    groups = group_images(input_ids, model, counts, *processed.looks)
-    positions = text_positions(model, chat, input_ids)
+    groups = group_images(input_ids, model, [picture.shown_as for picture in pictures], *processed.looks)
+    positions = text_positions(model, chat, input_ids, groups)
     model_inputs = {
         name: value.to(model.device, model.hf_model.dtype if value.is_floating_point() else None)
         for name, value in processed.inputs.items()
@@ -242,30 +244,6 @@ def _per_token(name: str) -> bool:
     return name.endswith("token_type_ids") or name == "attention_mask"
 
 
-def _render(model: Model, chat: Chat, pictures: Sequence[_Picture]) -> str:
-    """The conversation as text, with a placeholder for every picture, where the model is about to answer."""
-    left = iter(pictures)
-
-    def parts(content: Any) -> Any:
-        if content is None or isinstance(content, str):
-            return content
-        shown: list[dict[str, str]] = []
-        for part in content:
-            if part["type"] == "text":
-                shown.append({"type": "text", "text": part["text"]})
-            else:
-                picture = next(left)
-                shown += [{"type": "video"}] if picture.film else [{"type": "image"}] * picture.n_images
-        return shown
-
-    messages = [{**message, "content": parts(message.get("content"))} for message in chat.messages]
-    options = {"tools": list(chat.tools)} if chat.tools else {}
-    try:
-        return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
-    except (ValueError, TypeError, TemplateError) as error:
-        raise InputError(f"{type(model.processor).__name__} cannot render the chat: {error}") from error
-
-
 def _tokenise(model: Model, text: str) -> Tensor:
     """Ids `[n]` of plain text, without special tokens around it."""
     encoded = model.processor.tokenizer(text, add_special_tokens=False)
@@ -300,9 +278,10 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
         )
     images = [picture.visual.size for picture in pictures for _ in range(picture.n_images)]
     videos = [picture.visual.size for picture in pictures if picture.film]
+    n_frames = [len(picture.visual.frames) for picture in pictures if picture.film]
     looks = (
         looks_of(model.family, Shown(model.config, model.processor, inputs, images)) if images else [],
-        video_looks_of(model.family, Shown(model.config, model.processor, inputs, videos)) if videos else [],
+        video_looks_of(model.family, Shown(model.config, model.processor, inputs, videos, n_frames)) if videos else [],
     )
     _drop_repeated_bos(inputs, model.processor.tokenizer)
     if images:
@@ -336,6 +315,7 @@ def _process_scaled(
             f"{'a tile' if model.family.tiles else 'an image'}, so scale {scale:g} cannot be shown to it; use scales=(1.0,)"
         )
     cell = model.family.cell(model.config)
+    film_cell = cell if model.family.film_cell is None else model.family.film_cell(model.config)
     wanted = [_scaled(look, scale) for look in every]
     n_tokens = sum(t * h * w for look in every for t, (h, w) in [(look.grid[0], _scaled(look, scale))])
     if n_tokens > MAX_IMAGE_TOKENS:
@@ -347,7 +327,8 @@ def _process_scaled(
     resized = []
     for picture in pictures:
         looks = [next(films)] if picture.film else [next(images) for _ in picture.visual.frames]
-        resized.append(replace(picture, visual=_resize(model.family, picture.visual, looks[0][0], cell, scale)))
+        side = film_cell if picture.film else cell
+        resized.append(replace(picture, visual=_resize(model.family, picture.visual, looks[0][0], side, scale)))
     size = (max(h for h, _ in wanted) * cell, max(w for _, w in wanted) * cell)
     attempts: list[dict[str, Any]] = [{}]
     if accepts(model.processor.__call__, "size"):
@@ -411,7 +392,7 @@ def _fit_placeholders(inputs: dict[str, Tensor], image_token_id: int, counts: Se
 def group_images(
     input_ids: Tensor,
     model: Model,
-    counts: Sequence[tuple[bool, int]],
+    shown_as: Sequence[ShownAs],
     images: Sequence[Looks],
     videos: Sequence[Looks],
 ) -> tuple[ImageGroup, ...]:
@@ -419,13 +400,13 @@ def group_images(
 
     Args:
         input_ids: int `[seq]`.
-        counts: for each image or video whether it is shown as a video, else as how many images.
+        shown_as: for each image or video, how.
         images, videos: the looks at each, in order.
 
     Raises:
         TokenLayoutError: placeholders, looks and pictures do not fit together.
     """
-    n_images, n_videos = sum(n for film, n in counts if not film), sum(film for film, _ in counts)
+    n_images, n_videos = sum(n for film, n in shown_as if not film), sum(film for film, _ in shown_as)
     if (len(images), len(videos)) != (n_images, n_videos):
         raise TokenLayoutError(
             f"{type(model.processor).__name__} made {len(images)} images and {len(videos)} videos of {n_images} and "
@@ -433,11 +414,10 @@ def group_images(
             "the processor"
         )
     seen, watched = _runs(input_ids, model.image_token_id, images), _runs(input_ids, model.film_token_id, videos)
-    groups = []
-    for film, n in counts:
-        frames = [next(watched)] if film else [next(seen) for _ in range(n)]
-        groups.append(_group(frames))
-    return tuple(groups)
+    try:
+        return tuple(_group([next(watched)] if film else [next(seen) for _ in range(n)]) for film, n in shown_as)
+    except TokenLayoutError as error:
+        raise TokenLayoutError(f"{model.family.name}: {error}") from error
 
 
 def _runs(input_ids: Tensor, token_id: int | None, pictures: Sequence[Looks]) -> Iterator[tuple[Looks, list[int]]]:
@@ -476,71 +456,3 @@ def _group(frames: Sequence[tuple[Looks, list[int]]]) -> ImageGroup:
 
 def _inside(box: Box) -> bool:
     return all(0 <= edge <= 1 for edge in box)
-
-
-def text_positions(model: Model, chat: Chat, input_ids: Tensor) -> tuple[int, ...]:
-    """Positions of the tokens that write what was said, by the characters each token decodes to.
-
-    The same words of the chat template do not count: texts are looked for from the last to the first, each directly
-    before what the template writes behind it.
-
-    Raises:
-        TokenLayoutError: a text is not in what the model reads, for example because the chat template rewrites it.
-    """
-    kept: list[int] = (
-        (~torch.isin(input_ids, torch.tensor(model.placeholder_ids, device=input_ids.device)))
-        .nonzero()
-        .flatten()
-        .tolist()
-    )
-    decoded = decode_tokens(input_ids[kept].tolist(), model.decode)
-    found: list[tuple[int, int]] = []
-    stop = len(decoded.text)
-    for text, behind in reversed(list(zip(chat.texts, _written_behind(model, chat), strict=True))):
-        shown = text.strip()
-        if not shown:
-            continue
-        first = decoded.text.rfind(shown + behind, 0, stop) if behind else -1
-        if first < 0:  # a tokenizer that does not give back every space
-            first = decoded.text.rfind(shown, 0, len(decoded.text[:stop].removesuffix(behind)))
-        if first < 0:
-            raise TokenLayoutError(
-                f"the prompt {shown!r} is not in the text the model reads, {decoded.text!r}, so its tokens cannot be found"
-            )
-        found.append((first, first + len(shown)))
-        stop = first
-    return tuple(
-        kept[i]
-        for i, (start, end) in enumerate(decoded.spans)
-        if any(start < last and end > first for first, last in found)
-    )
-
-
-def _written_behind(model: Model, chat: Chat) -> list[str]:
-    """For each text what the chat template writes directly behind it, up to the next text or picture."""
-    pictures = [_Picture(_NOTHING, False)] * chat.n_pictures
-    left = iter(range(len(chat.texts)))
-
-    def marked(content: Any) -> Any:
-        if content is None:
-            return None
-        if isinstance(content, str):
-            return _mark(next(left))
-        return [{"type": "text", "text": _mark(next(left))} if each["type"] == "text" else each for each in content]
-
-    probe = Chat(tuple({**each, "content": marked(each.get("content"))} for each in chat.messages), chat.tools)
-    try:
-        rendered = _render(model, probe, pictures)
-    except InputError:  # no template: a captured chat was written by hand
-        return [""] * len(chat.texts)
-    pieces = [rendered.partition(_mark(i))[2] for i in range(len(chat.texts))]
-    edges = (_MARK, *model.placeholders)
-    return [min((piece.partition(edge)[0] for edge in edges), key=len) for piece in pieces]
-
-
-_NOTHING = Visual((Image.new("RGB", (1, 1)),))
-_MARK = "\N{ASTERISM}"
-
-
-def _mark(index: int) -> str:
-    return f"{_MARK}{index}{_MARK}"

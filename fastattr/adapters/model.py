@@ -136,6 +136,11 @@ def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Mod
             f"{type(base).__name__} is not a transformers model: it has no config or no output embeddings"
         )
     family = family_of(config)
+    if not isinstance(getattr(config, family.image_token, None), int):
+        raise UnsupportedModelError(
+            f"{type(config).__name__} has no {family.image_token}, the id that stands for an image in {family.name}; say in "
+            "image_token= of the family what it is called"
+        )
     if hf_model.training:
         raise InputError(
             f"{type(base).__name__} is in training mode, where dropout makes maps random; call .eval() first"

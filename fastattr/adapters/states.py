@@ -170,8 +170,9 @@ def forward(
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
             raise StatesError(
-                f"{type(hf_model).__name__} fails on {fed_ids.shape[1]} tokens with {shapes}: {error}; some models cannot "
-                "read images this small or this large"
+                f"{type(hf_model).__name__} ({model.family.name}) fails on {fed_ids.shape[1]} tokens with {shapes}: {error}; "
+                "some models cannot read images this small or this large, and a registered family may count other tokens "
+                "than the model has"
             ) from error
     final = last[-1]
     return final, final if norm is None else norm(chosen[-1])

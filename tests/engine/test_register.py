@@ -127,6 +127,67 @@ def test_only_families_can_be_registered(model_type: Any, family: Any) -> None:
         fastattr.register_adapter(model_type, family)
 
 
+SQUARE = fastattr.Look((1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda shown: shown.inputs["nothing"], "Mine reads its grids from 'nothing', but the model's inputs are"),
+        (lambda shown: [][0], "Mine cannot tell where its image tokens lie: IndexError"),
+        (lambda shown: None, "Mine says that its image tokens lie as None, expected a list"),
+        (lambda shown: [SQUARE], "expected a list that holds for every image a tuple of Look"),
+        (lambda shown: [()], "expected a list that holds for every image a tuple of Look"),
+        (lambda shown: [((1, 4, 4),)], "expected a list that holds for every image a tuple of Look"),
+        (lambda shown: [(SQUARE,)] * 2, "made 2 images and 0 videos of 1 and 0"),
+        (lambda shown: [(fastattr.Look((1, 4)),)], r"a look has grid \(1, 4\)"),
+        (lambda shown: [(fastattr.Look((1, 4, 0)),)], r"a look has grid \(1, 4, 0\)"),
+        (lambda shown: [(fastattr.Look((1, 4.0, 4)),)], r"a look has grid \(1, 4.0, 4\)"),
+        (lambda shown: [(fastattr.Look((1, 4, 4), (0.8, 0, 0.2, 1)),)], r"over the box \(0.8, 0, 0.2, 1\)"),
+        (lambda shown: [(fastattr.Look((1, 4, 4), (0, 0, 1)),)], r"over the box \(0, 0, 1\)"),
+        (lambda shown: [(fastattr.Look((1, 4, 4), (0, 0, float("nan"), 1)),)], "over the box"),
+        (lambda shown: [(fastattr.Look((1, 4, 4), row_end=-1),)], "and no negative number"),
+        (
+            lambda shown: [(fastattr.Look((1, 4, 2), (0, 0, 0.4, 1)), fastattr.Look((1, 4, 2), (0.6, 0, 1, 1)))],
+            "Mine: 4 of 20 cells of the picture are in none of its 2 views",
+        ),
+    ],
+)
+def test_families_that_say_nonsense_are_named(answer: Any, told: str) -> None:
+    held = mine()
+    fastattr.register_adapter("my_vlm", fastattr.Family("Mine", answer, lambda config: 8, None))
+    model = fastattr.wrap(held.hf_model, held.processor)
+    with pytest.raises(fastattr.TokenLayoutError, match=told):
+        fastattr.attribute(model, picture(), "What is this?", "A circle.", scales=(1.0,))
+
+
+def test_a_family_that_counts_other_tokens_than_the_model_is_named() -> None:
+    held = mine()
+    wrong = fastattr.Family("Mine", lambda shown: [(fastattr.Look((1, 3, 3)),)], lambda config: 8, None)
+    fastattr.register_adapter("my_vlm", wrong)
+    model = fastattr.wrap(held.hf_model, held.processor)
+    with pytest.raises(fastattr.StatesError, match=r"\(Mine\) fails .* may count other tokens than the model has"):
+        fastattr.attribute(model, picture(), "What is this?", "A circle.", scales=(1.0,))
+
+
+def test_a_family_whose_model_has_no_such_token_is_named() -> None:
+    held = mine()
+    fastattr.register_adapter(
+        "my_vlm", fastattr.Family("Mine", lambda shown: [], lambda config: 8, None, image_token="x")
+    )
+    with pytest.raises(
+        fastattr.UnsupportedModelError, match="MyConfig has no x, the id that stands for an image in Mine"
+    ):
+        fastattr.wrap(held.hf_model, held.processor)
+
+
+@pytest.mark.parametrize("part", ["look", "cell", "enlarge", "watch"])
+def test_parts_of_a_family_are_functions(part: str) -> None:
+    parts: dict[str, Any] = {"look": len, "cell": len, "enlarge": None, "watch": None, part: 8}
+    with pytest.raises(fastattr.InputError, match=f"has {part}=8, expected a function"):
+        fastattr.register_adapter("my_vlm", fastattr.Family("Mine", **parts))
+
+
 def test_scales_that_nobody_chose() -> None:
     """Several where the model can show them; one where tiles are finer already, or the number of tokens is fixed."""
     config = fastattr.AttributionConfig(scales=(1.0,))

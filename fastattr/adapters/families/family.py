@@ -7,13 +7,14 @@ processor options that show pictures at another size for one call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fastattr.errors import TokenLayoutError
+from fastattr.errors import FastattrError, TokenLayoutError
 from fastattr.types import WHOLE_IMAGE, Box, Grid
 
 Config = Any  # a transformers configuration
@@ -37,6 +38,18 @@ class Look:
     row_end: int = 0
     end: int = 0
     start: int = 0
+
+    def __post_init__(self) -> None:
+        sides, box = tuple(self.grid), tuple(self.box)
+        fits = len(sides) == 3 and all(isinstance(side, int) and side >= 1 for side in sides)
+        fits &= len(box) == 4 and all(math.isfinite(edge) for edge in box) and box[0] < box[2] and box[1] < box[3]
+        fits &= min(self.row_end, self.end, self.start) >= 0
+        if not fits:
+            raise TokenLayoutError(
+                f"a look has grid {self.grid} over the box {self.box}, with {self.start}, {self.row_end} and {self.end} "
+                "placeholders before, behind rows and at the end; expected three whole numbers (t, h, w) of at least 1, "
+                "(left, top, right, bottom) with left < right and top < bottom, and no negative number"
+            )
 
     @property
     def n_placeholders(self) -> int:
@@ -62,12 +75,14 @@ class Shown:
         processor: as it was given.
         inputs: what the model takes, as tensors.
         sizes: of the pictures the processor was given, in order; None where nobody knows (a captured `generate`).
+        n_frames: of the videos, where `sizes` are theirs; None where pictures are images, or nobody knows.
     """
 
     config: Config
     processor: Any
     inputs: Mapping[str, Tensor]
     sizes: Sequence[Size] | None
+    n_frames: Sequence[int] | None = None
 
     def sizes_for(self, family: str, what: str) -> Sequence[Size]:
         """The sizes, where they are needed.
@@ -100,6 +115,7 @@ class Family:
         watch: what was shown, to the looks at every video; None where videos are shown as their frames, one image each.
         image_token: the configuration's name of the id that stands for an image.
         film_token: the configuration's name of the id that stands for a video.
+        film_cell: as `cell`, of videos where it differs.
         filmed: processor options used where a video is shown as one, for example so that no frame is left out.
         always: processor options used at every scale.
         resized: pictures are given to the processor at the size of their grid. Not where it cuts or crops them.
@@ -108,8 +124,9 @@ class Family:
         answer_type: what these mark an answer with.
         tiles: large pictures are read in tiles.
         along_last: model inputs whose last axis counts patches; of others the first one does.
-        stacks: inputs of several examples can be joined. Not where they hold indices into one another.
-        masked: positions are computed only where an attention mask is given, so one of ones always is.
+        stacks: several examples can be read in one forward. Not where their inputs hold indices into one another, or
+            where the model counts on from one row to the next.
+        masked: positions are computed only where an attention mask is given, so one of ones is given with the prompt.
         joint: the tower's attention spans all images of a forward, so that its cost grows with their square.
     """
 
@@ -120,6 +137,7 @@ class Family:
     watch: Callable[[Shown], list[Looks]] | None = None
     image_token: str = "image_token_id"
     film_token: str = "video_token_id"
+    film_cell: Callable[[Config], int] | None = None
     filmed: Mapping[str, Any] | None = None
     always: Mapping[str, Any] | None = None
     resized: bool = True
@@ -153,12 +171,25 @@ def video_looks_of(family: Family, shown: Shown) -> list[Looks]:
 
 def _read(look: Callable[[Shown], list[Looks]], family: Family, shown: Shown) -> list[Looks]:
     try:
-        return look(shown)
+        found = look(shown)
+    except FastattrError:
+        raise
     except KeyError as missing:
         raise TokenLayoutError(
             f"{family.name} reads its grids from {missing}, but the model's inputs are {', '.join(shown.inputs) or 'empty'}: "
             "the processor must return what the model takes, as tensors, and the prompt must show an image"
         ) from missing
+    except Exception as error:  # a family of somebody else's may raise anything
+        raise TokenLayoutError(
+            f"{family.name} cannot tell where its image tokens lie: {type(error).__name__}: {error}"
+        ) from error
+    looks = isinstance(found, list) and all(isinstance(each, tuple) and each for each in found)
+    if not looks or not all(isinstance(look, Look) for each in found for look in each):
+        raise TokenLayoutError(
+            f"{family.name} says that its image tokens lie as {found!r:.80}, expected a list that holds for every image a "
+            "tuple of Look"
+        )
+    return found
 
 
 # --- facts that many families share ----------------------------------------------------------------------

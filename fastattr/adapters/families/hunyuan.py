@@ -13,6 +13,7 @@ def look(shown: Shown) -> list[Looks]:
     return [tuple(replace(each, start=1, row_end=1, end=1) for each in looks) for looks in grids]
 
 
-HUNYUAN = Family("HunYuan-VL", look, merged_patch, no_limit, token_types="mm_token_type_ids")
+# its images are counted on over the rows of a batch, so that a row would not be read as it is alone
+HUNYUAN = Family("HunYuan-VL", look, merged_patch, no_limit, token_types="mm_token_type_ids", stacks=False)
 
 FAMILIES = {"hunyuan_vl": HUNYUAN}

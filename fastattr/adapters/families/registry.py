@@ -69,4 +69,8 @@ def registered_types() -> list[str]:
 def _checked(family: object, name: str) -> Family:
     if not isinstance(family, Family):
         raise InputError(f"{name} is a {type(family).__name__}, expected a fastattr.Family")
+    for part in ("look", "cell", "enlarge", "watch"):
+        value = getattr(family, part)
+        if not callable(value) and not (value is None and part in ("enlarge", "watch")):
+            raise InputError(f"{name} has {part}={value!r}, expected a function")
     return family

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 import fastattr
 from fastattr import adapters
 from fastattr.adapters.hooks import decoder_of, interpolated_positions
+from fastattr.chat import Chat
 from fastattr.images import read_visuals
 from fastattr.maps import class_activations
 from fastattr.types import ImageGroup
 from fastattr.views import place
+from tests.engine.families.other_ways import prove_other_ways
 from tests.engine.family_models import ANSWER, PROMPT, Tiny, picture
 
 Views = list[tuple[int, int]]  # (h, w) of every look at one picture, in the order of the text
@@ -62,7 +64,9 @@ def prove(row: Row) -> None:
     model = wrap(row)
     prove_layout(row, model)
     prove_states(row, model)
+    prove_words(model)
     prove_capture(model)
+    prove_other_ways(model, [picture(), picture(101, 58), picture(seed=3)])
     prove_maps(row, model)
     for height, width in ((67, 91), (101, 58)):
         for scale in row.scales:
@@ -89,6 +93,25 @@ def prove_layout(row: Row, model: fastattr.Model) -> None:
     words = model.processor.tokenizer.decode(encoded.input_ids[list(encoded.prompt)])
     assert words.strip() == PROMPT
     assert encoded.layout(len(response)).response == (len(encoded.input_ids), len(encoded.input_ids) + len(response))
+
+
+def prove_words(model: fastattr.Model) -> None:
+    """Labels before pictures are found, although what is written for pictures holds the same characters."""
+    for labels in (("1", "2"), ("image", "row"), ("a", "a")):
+        parts: list[Any] = []
+        for label in labels:
+            parts += [{"type": "text", "text": label}, {"type": "image"}]
+        chat = Chat([{"role": "user", "content": [*parts, {"type": "text", "text": PROMPT}]}])
+        encoded = adapters.encode(model, read_visuals([picture(), picture(seed=1)]), chat)
+        first, second = ((min(group.positions), max(group.positions)) for group in encoded.groups)
+        between = [(-1, first[0]), (first[1], second[0]), (second[1], len(encoded.input_ids))]
+        said = [[at for at in encoded.prompt if low < at < high] for low, high in between]
+        words = ["".join(model.processor.tokenizer.decode(encoded.input_ids[each]).split()) for each in said]
+        expected = [*labels, "".join(PROMPT.split())]
+        # one processor puts all pictures first
+        assert words in (expected, ["", "", "".join(expected)]), f"{labels}: {words}"
+        special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
+        assert not special & set(encoded.input_ids[list(encoded.prompt)].tolist())
 
 
 def prove_states(row: Row, model: fastattr.Model) -> None:
