@@ -25,13 +25,15 @@ class Chat:
     """
 
     messages: Messages
-    tools: Sequence[Any] = ()
+    tools: Sequence[Any] | None = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.messages, list | tuple):
             raise InputError(f"the messages are a {type(self.messages).__name__}, expected a list of mappings")
         object.__setattr__(self, "messages", tuple(self.messages))
-        object.__setattr__(self, "tools", tuple(self.tools))
+        if not isinstance(self.tools, list | tuple | None):
+            raise InputError(f"the tools are a {type(self.tools).__name__}, expected a list of them")
+        object.__setattr__(self, "tools", tuple(self.tools or ()))
         for message in self.messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InputError(f"a message is {_short(message)}, expected a mapping with a role and content")
@@ -105,6 +107,13 @@ def read_prompt(image: Any, prompt: str | Messages | Chat) -> tuple[tuple[Visual
         raise InputError(
             f"got {len(visuals)} images for messages with {len(held)} image parts, expected one each, in their order"
         )
+    kinds = [part["type"] for part in chat.parts if part["type"] in PICTURES]
+    for number, (kind, visual) in enumerate(zip(kinds, visuals, strict=True), start=1):
+        if kind == "image" and len(visual.frames) > 1:
+            raise InputError(
+                f"picture part {number} is an image, but a video of {len(visual.frames)} frames was given; write "
+                '{"type": "video"}, and give pictures in the order of the parts'
+            )
     return visuals, chat
 
 

@@ -68,6 +68,8 @@ def explain_responses(
     memory_limit: int | None = None,
 ) -> list[TokenMaps]:
     """`explain_states` of several responses; what needs the vocabulary is done for all of them at once."""
+    if not config.scales:
+        raise InputError("scales is empty, expected one for each reading, for example (1.0,)")
     for readings in rows:
         for reading in readings:
             check_states(reading, head)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ def attribute(
     """
     config = AttributionConfig(
         method=method,
-        scales=model.scales if scales is None else tuple(scales),
+        scales=() if scales is None else cast("tuple[float, ...]", scales),
         scale_weights=None if scale_weights is None else tuple(scale_weights),
         decision_weight=decision_weight,
         scale_mean=scale_mean,
@@ -97,6 +97,7 @@ def attribute(
         evidence=evidence,
         backend=backend,
     )
+    config = config.at(model.scales)
     row = (image, prompt, response)
     return _attribute_rows(
         model, [row], config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
@@ -131,7 +132,7 @@ def attribute_batch(
         ImageError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError: as `attribute`, for
             the first row that is at fault.
     """
-    config = AttributionConfig(scales=model.scales) if config is None else config
+    config = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
     if config.compat is not None:
         raise InputError("compat='tam' is for attribute_states; a model's answers are explained without")
     given = list(rows)
@@ -151,6 +152,11 @@ def _attribute_rows(
 ) -> list[Attribution]:
     from fastattr import adapters
 
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    wrong = [len(row) for row in rows if len(row) != 3]
+    if wrong:
+        raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
     given = [read_prompt(image, prompt) for image, prompt, _ in rows]
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
@@ -336,6 +342,10 @@ def attribute_captured(
         blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
         seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
     notes = notes_of(maps, reading.layout, config, visuals, takes_videos=states.model.takes_videos)
+    if not visuals and not states.model.family.resized:
+        notes += (
+            "the images were not given, so where their processor crops, the part that the maps cover is not known",
+        )
     if said is None:
         notes += ("the prompt was not given, so every word of the chat template counts as context",)
     if source == "replay":

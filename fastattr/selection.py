@@ -107,8 +107,11 @@ class Selection:
             return None
         return float(torch.stack([evidence[list(occurrence)].sum() for occurrence in self.targets]).mean())
 
-    def overlay(self, image: int = 0) -> Image.Image:
+    def overlay(self, image: int | None = None) -> Image.Image:
         """The picture with the map over it; of a video the frame where the map peaks, see `frames`, or the first.
+
+        Args:
+            image: which picture; the one where the map is highest if not given.
 
         Raises:
             InputError: there is no such picture.
@@ -116,6 +119,9 @@ class Selection:
         from fastattr.report import overlay
 
         pictures = self.attribution.pictures
+        if image is None:
+            peaks = [float(each.max()) for each in self.maps]
+            image = peaks.index(max(peaks))
         if not 0 <= image < len(pictures):
             raise InputError(f"image is {image}, but this attribution holds {len(pictures)} pictures")
         maps = self.maps[image]

@@ -110,11 +110,13 @@ def stream(
         InputError: the configuration asks for what needs the whole response.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
-    chosen = AttributionConfig(scales=model.scales) if config is None else config
+    chosen = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
     if chosen.regions or chosen.compat is not None:
         raise InputError(
             f"regions={chosen.regions} and compat={chosen.compat!r} need the whole response; stream without, or use attribute"
         )
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -37,7 +37,8 @@ class AttributionConfig:
     Attributes:
         method: `lens` (activation alone), `tam` (interference weighted by activation) or `arc`
             (interference weighted by how differently a context token predicts).
-        scales: image sizes relative to the model's own; several of them make it MSEA.
+        scales: image sizes relative to the model's own; several of them make it MSEA. None at all, `()`, leaves them to the
+            model, see `at`.
         scale_weights: one weight a scale; `scale^2`, the share of its image tokens, when None.
         decision_weight: weight each scale, per target, by how far the model still says the target there.
         scale_mean: `arithmetic` is MSEA's weighted sum; `geometric`, our own, is the weighted geometric mean, where a
@@ -76,7 +77,10 @@ class AttributionConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scales", tuple(float(s) for s in self.scales))
+        try:
+            object.__setattr__(self, "scales", tuple(float(s) for s in self.scales))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"scales is {self.scales!r}, expected numbers, for example (1.0, 1.5, 2.0)") from error
         if self.scale_weights is not None:
             object.__setattr__(self, "scale_weights", tuple(float(w) for w in self.scale_weights))
         for name, allowed in (
@@ -97,7 +101,9 @@ class AttributionConfig:
             raise InputError(f"top_k is {self.top_k!r}, expected a whole number of at least 1")
         if isinstance(self.regions, bool) or not isinstance(self.regions, int) or not 0 <= self.regions <= MAX_REGIONS:
             raise InputError(f"regions is {self.regions!r}, expected a whole number from 0 (none) to {MAX_REGIONS}")
-        if not 0.0 < self.rbo_p < 1.0:
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
+            raise InputError(f"layer is {self.layer!r}, expected a whole number, -1 for the last")
+        if not isinstance(self.rbo_p, int | float) or not 0.0 < self.rbo_p < 1.0:
             raise InputError(f"rbo_p is {self.rbo_p!r}, expected a number between 0 and 1, both excluded")
         if self.compat == "tam" and (self.method != "tam" or len(self.scales) != 1 or self.context != "all"):
             raise InputError(
@@ -105,16 +111,18 @@ class AttributionConfig:
                 f"context is {self.context!r}; use method='tam', scales=(1.0,), context='all'"
             )
 
+    def at(self, scales: tuple[float, ...]) -> AttributionConfig:
+        """The same at these scales, where it leaves them open."""
+        return self if self.scales else replace(self, scales=scales)
+
     def _check_scales(self) -> None:
-        if not self.scales:
-            raise InputError("scales is empty, expected at least one number, for example (1.0,)")
         for scale in self.scales:
             if not math.isfinite(scale) or not 0.0 < scale <= MAX_SCALE:
                 raise InputError(f"scales holds {scale}, expected numbers above 0 and at most {MAX_SCALE:g}")
         if len(set(self.scales)) != len(self.scales):
             raise InputError(f"scales {self.scales} holds a number twice, expected distinct scales")
         weights = self.scale_weights
-        if weights is None:
+        if weights is None or not self.scales:
             return
         if len(weights) != len(self.scales):
             raise InputError(

@@ -23,6 +23,7 @@ from benchmarks.table import (
     rates_table,
     static_table,
 )
+from fastattr.adapters import FAMILIES
 from fastattr.evaluate import read
 from fastattr.evaluate.tables import methods_table
 from fastattr.log.schema import as_markdown
@@ -68,6 +69,10 @@ def test_the_tables_are_those_of_the_results() -> None:
 
 def test_the_record_is_documented() -> None:
     assert as_markdown() in (ROOT / "fastattr" / "log" / "README.md").read_text()
+
+
+def test_as_many_models_as_it_says() -> None:
+    assert f"`fastattr models` lists {len(FAMILIES)} model types" in README
 
 
 def test_the_tree_is_the_tree() -> None:

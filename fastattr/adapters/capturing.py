@@ -179,8 +179,10 @@ class CapturedStates:
             InputError: images of this size are not what `generate` was given.
         """
         blank = encode(self.model, [visual.blank() for visual in visuals], "What is it?").model_inputs
-        changed = {
-            name: value for name, value in blank.items() if value.is_floating_point() and name in self.model_inputs
+        changed = {  # pixels; a number for each video, as the seconds between its steps, stays what it was
+            name: value
+            for name, value in blank.items()
+            if value.is_floating_point() and value.ndim > 1 and name in self.model_inputs
         }
         differing = [name for name, value in changed.items() if value.shape != self.model_inputs[name].shape]
         if differing or not changed:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from fastattr.adapters.encode import EncodedExample
-from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, unwrap_peft
+from fastattr.adapters.hooks import (
+    decoder_of,
+    interpolated_positions,
+    layer_modules,
+    record_output,
+    through_norm,
+    unwrap_peft,
+)
 from fastattr.adapters.model import Model
 from fastattr.errors import UnsupportedModelError
 
@@ -102,7 +109,7 @@ class Decoder:
                 f"{type(self._hf_model).__name__} gives no cache back, so it cannot be read token by token; use attribute"
             )
         final = last[-1][0]
-        return final, final if self._norm is None else self._norm(chosen[-1])[0]
+        return final, final if self._norm is None else through_norm(self._norm, chosen[-1])[0]
 
     @contextmanager
     def _own_positions(self) -> Iterator[None]:

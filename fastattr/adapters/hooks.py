@@ -100,6 +100,19 @@ def layer_modules(hf_model: nn.Module, layer: int) -> tuple[nn.Module, nn.Module
     return layers[index], norm
 
 
+def through_norm(norm: nn.Module, states: Tensor) -> Tensor:
+    """States `[batch seq dim]` of an earlier layer through the final norm.
+
+    Raises:
+        UnsupportedModelError: the layer gives something else, as where several streams are joined behind the last one.
+    """
+    if states.ndim != 3:
+        raise UnsupportedModelError(
+            f"this layer gives {list(states.shape)}, expected [batch seq dim], so only layer=-1 can be read"
+        )
+    return cast(Tensor, norm(states))
+
+
 @contextmanager
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone.

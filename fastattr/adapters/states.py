@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample, alike, along, collate, encode, stackable
-from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output
+from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, through_norm
 from fastattr.adapters.model import Model
 from fastattr.chat import Prompt
 from fastattr.errors import InputError, StatesError
@@ -175,4 +175,4 @@ def forward(
                 "than the model has"
             ) from error
     final = last[-1]
-    return final, final if norm is None else norm(chosen[-1])
+    return final, final if norm is None else through_norm(norm, chosen[-1])

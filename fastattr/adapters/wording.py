@@ -60,6 +60,7 @@ def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence
 
     Raises:
         TokenLayoutError: a text is not in what the model reads, for example because the chat template rewrites it.
+        InputError: the texts hold special tokens alone.
     """
     special = _special_tokens(model)
     ids = input_ids.tolist()
@@ -76,13 +77,24 @@ def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence
     if len(stretches) == len(said) and all(start <= stop for start, stop in stretches):
         each = [_find(model, ids, range(*at), of, special) for at, of in zip(stretches, said, strict=True)]
         found = None if any(one is None for one in each) else [position for one in each for position in one or ()]
-    if found is None:  # a processor that puts all pictures first
+        first = all(ids[at] in special for at in range(stretches[-1][0]))  # the processor put all pictures first
+    else:
+        first = True  # how many images a picture was shown as is not known here
+    if found is None and first:
         found = _find(model, ids, range(len(ids)), [text for of in said for text in of], special)
     if found is None:
         whole = model.decode([[id for id in ids if id not in model.placeholder_ids]])[0]
         missing = [text.strip() for text in chat.texts if "".join(text.split()) not in "".join(whole.split())]
         names = f"the prompt {missing[0]!r} is" if missing else "what was said is, in this order,"
-        raise TokenLayoutError(f"{names} not in the text the model reads, {whole!r}, so its tokens cannot be found")
+        raise TokenLayoutError(
+            f"{names} not in the text the model reads, {whole!r}, so its tokens cannot be found; "
+            "if the chat template reads parts alone, write the content as [{'type': 'text', 'text': ...}]"
+        )
+    if not found:
+        raise InputError(
+            f"the prompt {chat.text!r} holds special tokens alone, expected some text: it is the context the response is "
+            "read against"
+        )
     return tuple(found)
 
 
@@ -93,32 +105,47 @@ def _find(
     model: Model, ids: Sequence[int], stretch: range, said: Sequence[_Text], special: dict[int, str]
 ) -> list[int] | None:
     """Positions of the tokens of some texts, in order, within a stretch of the sequence; None if one is not there."""
+    if not said:
+        return []
     kept = [i for i in stretch if ids[i] not in special]
     decoded = decode_tokens([ids[i] for i in kept], model.decode)
     origin = [at for at, character in enumerate(decoded.text) if not character.isspace()]
     text = "".join(decoded.text[at] for at in origin)
+    at_end = stretch.stop == len(ids)
+    # no picture lies between them, so they are looked for as one, with what the template writes between
+    joined = "".join(shown + behind for shown, _, behind in said[:-1]) + said[-1][0]
+    cursor = _place(text, (joined, said[0][1], said[-1][2]), 0, at_end)
+    together = cursor is not None
     ranges: list[tuple[int, int]] = []
-    cursor = 0
-    for n, (shown, before, behind) in enumerate(said):
-        if not shown:
-            continue
-        places = [match.start() for match in re.finditer(f"(?={re.escape(shown)})", text) if match.start() >= cursor]
-        if not places:
+    for n, each in enumerate(said):
+        if not together:  # the template writes some of it otherwise
+            cursor = _place(text, each, cursor or 0, at_end and n == len(said) - 1)
+        if cursor is None:
             return None
-
-        def likeness(place: int, shown: str = shown, before: str = before, behind: str = behind) -> int:
-            return _alike(reversed(text[:place]), reversed(before)) + _alike(text[place + len(shown) :], behind)
-
-        # what a processor writes for a picture stands behind the words before it, and before those behind it
-        ends_prompt = stretch.stop == len(ids) and n == len(said) - 1
-        first = max(reversed(places) if ends_prompt else places, key=likeness)
-        cursor = first + len(shown)
-        ranges.append((origin[first], origin[cursor - 1] + 1))
+        shown, _, behind = each
+        if shown:
+            ranges.append((origin[cursor], origin[cursor + len(shown) - 1] + 1))
+        cursor += len(shown) + (len(behind) if together else 0)
     return [
         kept[i]
         for i, (start, stop) in enumerate(decoded.spans)
         if any(start < last and stop > first for first, last in ranges)
     ]
+
+
+def _place(text: str, said: _Text, start: int, at_end: bool) -> int | None:
+    """Where a text stands from `start` on; of several places the one whose surroundings are most like the template's.
+
+    Of places that are equally like it the last counts in what ends the prompt, since what a processor writes for a
+    picture stands before it, and elsewhere the first, since the next picture's stands behind it.
+    """
+    shown, before, behind = said
+    places = [match.start() for match in re.finditer(f"(?={re.escape(shown)})", text) if match.start() >= start]
+
+    def likeness(place: int) -> int:
+        return _alike(reversed(text[:place]), reversed(before)) + _alike(text[place + len(shown) :], behind)
+
+    return max(reversed(places) if at_end else places, key=likeness, default=None)
 
 
 def _alike(one: Iterable[str], other: Iterable[str]) -> int:
@@ -147,10 +174,16 @@ def _surroundings(model: Model, chat: Chat, special: dict[int, str]) -> list[_Te
     probe = Chat(tuple({**each, "content": marked(each.get("content"))} for each in chat.messages), chat.tools)
     try:
         rendered = render(model, probe, [(False, 1)] * chat.n_pictures)
-        written = re.split(f"{_MARK}[0-9]+{_MARK}", rendered)
     except InputError:  # no template: a captured chat was written by hand
-        written = []
-    if len(written) != n + 1:  # or one that leaves texts out, which is told where they are looked for
+        rendered = "".join(f"{_MARK}{i}{_MARK}" for i in range(n))
+    left_out = [text for i, text in enumerate(chat.texts) if f"{_MARK}{i}{_MARK}" not in rendered]
+    if left_out:
+        raise TokenLayoutError(
+            f"the prompt {left_out[0]!r} is not in the text the model reads: the chat template leaves it out; leave that turn "
+            "out too, or if the template reads parts alone, write the content as [{'type': 'text', 'text': ...}]"
+        )
+    written = re.split(f"{_MARK}[0-9]+{_MARK}", rendered)
+    if len(written) != n + 1:  # a template that writes texts twice
         written = [""] * (n + 1)
     nothing = re.compile("|".join([r"\s+", *(re.escape(token) for token in sorted(special.values(), key=len)[::-1])]))
     bare = [nothing.sub("", each) for each in (*written, *chat.texts)]

@@ -54,7 +54,7 @@ class RayExplainer:
         input_options: Mapping[str, Any] | None = None,
     ) -> None:
         hide_loading_bars()
-        self._attribution = AttributionConfig() if attribution is None else attribution
+        self._attribution = AttributionConfig(scales=()) if attribution is None else attribution
         self._fields = Fields() if fields is None else fields
         self._content, self._images, self._max_new_tokens = content, images, max_new_tokens
         self._input_options = input_options

@@ -127,7 +127,7 @@ def run(
         day=datetime.now(timezone.utc).date(),
         inputs=(),
         model=model,
-        attribution=AttributionConfig() if attribution is None else attribution,
+        attribution=AttributionConfig(scales=()) if attribution is None else attribution,
         fields=fields,
         content=content,
         images=images,

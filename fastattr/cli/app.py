@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import webbrowser
@@ -100,13 +101,13 @@ def demo(
 @app.command()
 def explain(
     images: Annotated[
-        list[Path],
-        typer.Argument(help="Pictures; a folder is a video, its pictures by name the frames.", metavar="IMAGE..."),
-    ],
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = "Describe the image.",
+        list[Path] | None,
+        typer.Argument(help="Pictures; a folder is a video, its files by number the frames.", metavar="IMAGE..."),
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask; by default 'Describe the image.'")] = None,
     messages: Annotated[
         Path | None,
-        typer.Option(help="A conversation instead of --prompt: JSON, a list of messages with image parts."),
+        typer.Option(help="A conversation instead of --prompt: JSON, a list of messages; its parts may hold paths."),
     ] = None,
     response: Annotated[str | None, typer.Option(help="The answer to explain; the model answers if not given.")] = None,
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
@@ -119,14 +120,18 @@ def explain(
         typer.Option(help="Image sizes relative to the model's own, comma-separated; 1,1.5,2 where the model can."),
     ] = None,
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     backend: Annotated[BackendName, typer.Option(help="What computes; auto: triton on a GPU.")] = BackendName.auto,
     live: Annotated[bool, typer.Option("--live", help="Print each token as it is said and explained.")] = False,
     as_json: Json = False,
 ) -> None:
     """Explain what a model says about pictures."""
-    shown = [_frames(path) if path.is_dir() else path for path in images]
-    asked = prompt if messages is None else _read_messages(messages)
+    if prompt is not None and messages is not None:
+        raise InputError("--prompt and --messages both say what is asked, expected one of them")
+    if not images and messages is None:
+        raise InputError("got no image, expected IMAGE... or --messages whose parts hold them")
+    shown = [_frames(path) if path.is_dir() else path for path in images] if images else None
+    asked = (prompt or "Describe the image.") if messages is None else _read_messages(messages)
     if live:
         if response is not None or len(method or ()) > 1:
             raise InputError(
@@ -250,7 +255,7 @@ app.command()(batch.batch)
 
 def _explain(
     *,
-    images: Sequence[Any],
+    images: Sequence[Any] | None,
     prompt: str | Messages,
     response: str | None,
     model_name: str,
@@ -291,7 +296,7 @@ def _explain(
 
 
 def _explain_live(
-    images: Sequence[Any],
+    images: Sequence[Any] | None,
     prompt: str | Messages,
     model_name: str,
     scales: tuple[float, ...] | None,
@@ -325,18 +330,25 @@ def _scales(text: str | None) -> tuple[float, ...] | None:
     return None if text is None else parse_scales(text)
 
 
+_PARTS = re.compile(r"(\d+)")  # text and numbers in turn, so that frame 10 comes behind frame 9
+
+
 def _frames(folder: Path) -> list[Path]:
-    """The frames of a video that lies in a folder, by name."""
-    frames = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    """The frames of a video that lies in a folder, by the numbers and names of their files."""
+    frames = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     if not frames:
-        raise InputError(f"the folder {str(folder)!r} is empty, expected the frames of a video, named in their order")
-    return frames
+        raise InputError(
+            f"the folder {str(folder)!r} holds no files, expected the frames of a video, numbered or named in order"
+        )
+    return sorted(
+        frames, key=lambda path: [int(part) if part.isdecimal() else part for part in _PARTS.split(path.name)]
+    )
 
 
 def _read_messages(path: Path) -> Messages:
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a conversation in JSON: {error}") from error
     if not isinstance(messages, list):
         raise InputError(f"{str(path)!r} holds {type(messages).__name__}, expected a list of messages")

@@ -48,7 +48,9 @@ def batch(
     out: Annotated[str, typer.Option(help="A directory or URL, of this batch alone.")],
     model: Annotated[str, typer.Option(help="'shapes', a local directory, a hub id, or module:function.")] = "shapes",
     method: Annotated[str, typer.Option(help="lens, tam, arc or best.")] = "arc",
-    scales: Annotated[str, typer.Option(help="Image sizes relative to the model's own, comma-separated.")] = "1,1.5,2",
+    scales: Annotated[
+        str, typer.Option(help="Image sizes relative to the model's own, comma-separated; 'own' for what it can show.")
+    ] = "own",
     evidence: Annotated[
         bool, typer.Option("--evidence/--no-evidence", help="One more forward with the image blanked.")
     ] = True,
@@ -93,7 +95,7 @@ def batch(
             inputs,
             out,
             model=model,
-            attribution=replace(base, scales=parse_scales(scales), evidence=evidence),
+            attribution=replace(base, scales=() if scales == "own" else parse_scales(scales), evidence=evidence),
             fields=fields(id_field, image_field, prompt_field, response_field),
             content=content.value,
             images=images.value,

@@ -137,6 +137,8 @@ def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
     if isinstance(job, Made):
         raise InputError("an attribution that exists needs no worker")
     states = job.states
+    if states.n_prompts > 1:
+        raise InputError(f"generate was given {states.n_prompts} prompts at once, expected one")
     sequences = job.out if isinstance(job.out, Tensor) else getattr(job.out, "sequences", None)
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or len(sequences) != 1:
         raise InputError(f"generate returned {type(job.out).__name__}, expected one sequence [1 seq]")

@@ -261,6 +261,13 @@ def _read(batch: pa.RecordBatch, row: int) -> Record:
         ) from error
 
 
+def _of_first_frames(pictures: Sequence[np.ndarray], grids: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """What a reader of a video must know: a log keeps one frame of it."""
+    if any(len(picture) < grid[0] for picture, grid in zip(pictures, grids, strict=False)):
+        return ("of videos only the first frame was kept: maps of later time steps are shown over it",)
+    return ()
+
+
 def _read_row(batch: pa.RecordBatch, row: int) -> Record:
     values = {
         name: batch.column(name)[row].as_py() for name in SCHEMA.names if name not in ("tokens", "maps", "context_text")
@@ -274,6 +281,7 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
     prompt_names = batch.column("context_text")[row].as_py() or (_MASKED,) * n_prompt
     config = _config(values["settings"])
     context, relevance = _context(tokens["context"], n, n_prompt + n, config)
+    pictures = tuple(_decode(png) for png in values["images"] or ())
     evidence = tokens["evidence"]
     calibration = values["calibration"]
     attribution = Attribution(
@@ -294,13 +302,13 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
         config=config,
         grids=tuple(tuple((t, h, w) for t, h, w in grids) for grids in json.loads(values["scale_grids"])),
         extents=tuple((left, top, right, bottom) for left, top, right, bottom in values["extents"]),
-        pictures=tuple(_decode(png) for png in values["images"] or ()),
+        pictures=pictures,
         picture_sizes=tuple((height, width) for height, width in values["picture_sizes"]),
         prompt=values["prompt"] or "",
         model=values["model"],
         source=values["source"],
         backend=values["backend"],
-        notes=tuple(values["notes"]),
+        notes=(*values["notes"], *_of_first_frames(pictures, values["grids"])),
         versions=tuple(json.loads(values["versions"]).items()),
         calibration=None if calibration is None else Calibration(**json.loads(calibration)),
     )

@@ -103,7 +103,7 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
     Args:
         messages: the text itself, or messages: `{"role": ..., "content": text or parts}` with parts of text,
             `{"type": "text", "text": ...}`, and of images (`image`, `image_url`, ...), whose pictures are given beside
-            them. One message of the user with one text has its pictures before the text, wherever they stand.
+            them. One message of the user with one text and no part for images is that text, with its images before it.
 
     Raises:
         InputError: the messages are broken or end with the assistant's.
@@ -114,11 +114,12 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
         raise InputError(f"the messages are a {type(messages).__name__}, expected text or a list of messages")
     chat = Chat([{**message, "content": _content(message.get("content"))} for message in messages])
     alone = len(chat.messages) == 1 and len(chat.texts) == 1 and chat.messages[0]["role"] == "user"
-    return chat.texts[0] if alone else chat
+    return chat.texts[0] if alone and chat.n_pictures == 0 else chat
 
 
 def _content(content: Any) -> Any:
     """Parts of a message without what they hold: pictures are given beside them, and a URL is not fetched."""
+    content = content.tolist() if isinstance(content, np.ndarray) else content
     if not _are_mappings(content):
         return content
     kinds = [str(part.get("type")) for part in content]
@@ -132,7 +133,9 @@ def to_json(prompt: Prompt | None) -> Any:
     """A prompt as JSON holds it; `from_json` reads it."""
     if prompt is None or isinstance(prompt, str):
         return prompt
-    return {"messages": list(prompt.messages), "tools": list(prompt.tools)}
+    if any(callable(tool) for tool in prompt.tools or ()):
+        raise InputError("tools holds a function, which a worker cannot be given; pass its JSON schema")
+    return {"messages": list(prompt.messages), "tools": list(prompt.tools or ())}
 
 
 def from_json(held: Any) -> Prompt | None:

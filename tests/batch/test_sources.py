@@ -102,7 +102,7 @@ def test_images_of_parquet_as_hugging_face_stores_them(tmp_path: Path) -> None:
 
 
 def test_several_images_messages_and_token_ids(tmp_path: Path) -> None:
-    message = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Both?"}]}
+    message = {"role": "user", "content": [{"type": "text", "text": "Both?"}]}
     rows = [{"id": 7, "images": ["a.png", "b.png"], "messages": [message], "response_ids": [3, 1, 4]}]
     for path in (write_jsonl(tmp_path / "a.jsonl", rows), write_parquet(tmp_path / "a.parquet", rows)):
         (found,) = read(path)

@@ -202,11 +202,51 @@ def test_streams_and_batches_take_conversations(qwen: fastattr.Model) -> None:
         ),
         (picture(), 5, "the messages are a int, expected a list of mappings"),
         (None, PROMPT, "image is a NoneType"),
+        (
+            [[picture()] * 2],
+            [turn("user", IMAGE, "a")],
+            "picture part 1 is an image, but a video of 2 frames was given",
+        ),
     ],
 )
 def test_broken_conversations_say_what_is_wrong(image: Any, messages: Any, told: str) -> None:
     with pytest.raises((fastattr.InputError, fastattr.ImageError), match=told):
         read_prompt(image, messages)
+
+
+def test_the_same_word_in_every_turn(model: fastattr.Model) -> None:
+    """Each is found in its own turn, in order, and not the template's."""
+    chat = Chat([turn("user", IMAGE, "Yes"), turn("assistant", "Yes"), turn("user", "Yes")])
+    encoded = adapters.encode(model, read_visuals(picture()), chat)
+    other = adapters.encode(
+        model, read_visuals(picture()), Chat([turn("user", IMAGE, "No"), turn("assistant", "Yes"), turn("user", "No")])
+    )
+    assert "".join(said(model, encoded).split()) == "YesYesYes"
+    behind, theirs = (len(each.input_ids) - each.prompt[-1] for each in (encoded, other))
+    assert behind == theirs
+
+
+def test_special_tokens_alone_are_no_prompt(qwen: fastattr.Model) -> None:
+    with pytest.raises(fastattr.InputError, match="holds special tokens alone"):
+        fastattr.attribute(qwen, picture(), "<|im_end|>", ANSWER)
+
+
+def test_a_word_of_the_template_does_not_stand_for_a_turn_that_it_leaves_out() -> None:
+    held = TINY["qwen2_vl"]()
+    template = held.processor.tokenizer.chat_template
+    held.processor.tokenizer.chat_template = template.replace(
+        "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}", 1
+    )
+    model = fastattr.wrap(held.hf_model, held.processor)
+    chat = [turn("system", "user"), turn("user", IMAGE, "What is red?")]
+    with pytest.raises(fastattr.TokenLayoutError, match="the chat template leaves it out"):
+        fastattr.attribute(model, picture(), chat, ANSWER)
+
+
+@pytest.mark.parametrize("tools", ["abc", {"a": 1}, 5])
+def test_tools_are_a_list(tools: Any) -> None:
+    with pytest.raises(fastattr.InputError, match="expected a list of them"):
+        Chat([turn("user", "a")], tools=tools)
 
 
 def test_a_placeholder_in_an_earlier_turn_is_refused(qwen: fastattr.Model) -> None:

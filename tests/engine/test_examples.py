@@ -129,4 +129,53 @@ def test_an_empty_folder_is_no_video(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "is empty, expected the frames of a video" in capsys.readouterr().err
+    assert "holds no files, expected the frames of a video" in capsys.readouterr().err
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    """What a video tool writes without leading zeros: frame 10 comes behind frame 9."""
+    from fastattr.cli.app import _frames
+
+    names = [f"frame_{k}.png" for k in range(12)]
+    for name in reversed(names):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in _frames(tmp_path)] == names
+
+
+def test_messages_may_hold_the_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, said, out = tmp_path / "p.png", tmp_path / "chat.json", tmp_path / "x.safetensors"
+    make_clip(10_000_009, 2)[0].image.save(picture)
+    parts = [{"type": "image", "image": str(picture)}, {"type": "text", "text": PROMPT}]
+    said.write_text(json.dumps([{"role": "user", "content": parts}]))
+    argv = [
+        "fastattr",
+        "explain",
+        "--messages",
+        str(said),
+        "--response",
+        "A heart.",
+        "--scales",
+        "1",
+        "--out",
+        str(out),
+    ]
+    for arguments, code, told in (
+        (argv, 0, ""),
+        ([*argv, "--prompt", "x"], 2, "--prompt and --messages both say what is asked"),
+        (["fastattr", "explain", "--out", str(out)], 2, "got no image, expected IMAGE... or --messages"),
+    ):
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        assert told in capsys.readouterr().err
+
+
+def test_an_overlay_is_of_the_picture_the_word_is_about(shapes: fastattr.Model) -> None:
+    shown = images()
+    why = fastattr.attribute(shapes, shown.images, shown.prompt, max_new_tokens=60, scales=(1.0,), evidence=False)
+    diamond = why["diamond"]
+    assert np.array_equal(np.asarray(diamond.overlay()), np.asarray(diamond.overlay(2)))
+    assert not np.array_equal(np.asarray(diamond.overlay()), np.asarray(diamond.overlay(0)))

@@ -54,11 +54,13 @@ def test_a_record_comes_back(pictures: bool) -> None:
         levels = np.floor(ours.numpy().astype(np.float64) * 255 + 0.5)  # no ties among random numbers
         assert theirs.dtype == torch.float32
         assert np.array_equal(theirs.numpy(), levels.astype(np.float32) / np.float32(255))
+    told = ("of videos only the first frame was kept: maps of later time steps are shown over it",)
+    assert again.notes == why.notes + (told if pictures and any(grid[0] > 1 for grid in GRIDS) else ())
     assert len(again.pictures) == (len(GRIDS) if pictures else 0)
     for ours, theirs in zip(envelope.images or (), again.pictures, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(ours))), theirs[0])
     for field in dataclasses.fields(Attribution):
-        if field.name in ("image", "pictures", "context", "relevance"):
+        if field.name in ("image", "pictures", "context", "relevance", "notes"):
             continue
         ours, theirs = getattr(why, field.name), getattr(again, field.name)
         if isinstance(ours, torch.Tensor):

@@ -21,6 +21,7 @@ from fastattr.adapters.families import (
     llava_next,
     minicpm,
     mistral,
+    molmo,
     ovis,
     paligemma,
     perception,
@@ -71,6 +72,7 @@ FAMILIES: Mapping[str, Family] = {
     **lfm2.FAMILIES,
     **docling.FAMILIES,
     **minicpm.FAMILIES,
+    **molmo.FAMILIES,
 }
 
 

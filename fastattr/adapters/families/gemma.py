@@ -6,10 +6,11 @@ Gemma 3n has one square too; Gemma 4 keeps the form of a picture and pools its p
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from fastattr.adapters.families.cuts import check_count, image_option
 from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch, side, whole
+from fastattr.adapters.families.qwen import EVERY_FRAME
 from fastattr.types import Grid
 
 NAME = "Gemma3"
@@ -57,9 +58,20 @@ def look_once(shown: Shown) -> list[Looks]:
 
 def pooled(shown: Shown) -> list[Looks]:
     """Of patches whose places are given as `(x, y)`, -1 where there is none."""
+    return whole([(1, h, w) for h, w in _pooled_sides(shown, "image_position_ids")])
+
+
+def watch_pooled(shown: Shown) -> list[Looks]:
+    """The same of every frame, one video behind the other."""
+    sides = _pooled_sides(shown, "video_position_ids")
+    n_frames = shown.inputs["num_frames_per_video"].tolist()
+    firsts = accumulate(n_frames[:-1], initial=0)
+    return whole([(n, *sides[first]) for n, first in zip(n_frames, firsts, strict=True)])
+
+
+def _pooled_sides(shown: Shown, name: str) -> list[Size]:
     factor = int(shown.config.vision_config.pooling_kernel_size)
-    sides = (shown.inputs["image_position_ids"].amax(dim=1) + 1) // factor
-    return whole([(1, h, w) for w, h in sides.tolist()])
+    return [(h, w) for w, h in ((shown.inputs[name].amax(dim=1) + 1) // factor).tolist()]
 
 
 def pooled_cell(config: Config) -> int:
@@ -70,6 +82,6 @@ GEMMA3 = Family(NAME, look, cell, None, token_types="token_type_ids", tiles=True
 GEMMA3N = Family(  # what its tower sees with one token is said nowhere, and asked for only where pictures can be larger
     "Gemma3n", look_once, lambda config: 1, None, token_types="token_type_ids"
 )
-GEMMA4 = Family("Gemma4", pooled, pooled_cell, None, token_types="mm_token_type_ids")
+GEMMA4 = Family("Gemma4", pooled, pooled_cell, None, watch_pooled, token_types="mm_token_type_ids", filmed=EVERY_FRAME)
 
 FAMILIES = {"gemma3": GEMMA3, "shieldgemma2": GEMMA3, "gemma3n": GEMMA3N, "gemma4": GEMMA4}

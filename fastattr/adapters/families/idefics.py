@@ -1,13 +1,19 @@
-"""Idefics3 and SmolVLM: a picture squeezed onto rows and columns of tiles, the whole picture behind them."""
+"""Idefics3 and SmolVLM: a picture squeezed onto rows and columns of tiles, the whole picture behind them.
+
+SmolVLM shows a frame of a video in one tile.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from fastattr.adapters.families.cuts import image_option
 from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size, image_half, patch
-from fastattr.adapters.families.tiles import Shape, read_tiles
+from fastattr.adapters.families.frames import watch_frames
+from fastattr.adapters.families.qwen import EVERY_FRAME
+from fastattr.adapters.families.tiles import Shape, read_tiles, tile_grid
 
 NAME = "Idefics3, SmolVLM"
 
@@ -18,13 +24,16 @@ def cell(config: Config) -> int:
 
 def look(shown: Shown) -> list[Looks]:
     tile = int(shown.inputs["pixel_values"].shape[-1])
-    edge = tile // cell(shown.config)
 
     def shape(size: Size) -> Shape:
         longest, own = (image_option(shown, NAME, name)["longest_edge"] for name in ("size", "max_image_size"))
         return shape_of(size, tile, round(longest / own * tile))
 
-    return read_tiles(NAME, shown, (1, edge, edge), shape)
+    return read_tiles(NAME, shown, tile_grid(shown, cell(shown.config)), shape)
+
+
+def watch(shown: Shown) -> list[Looks]:
+    return watch_frames(NAME, shown, tile_grid(shown, cell(shown.config)))
 
 
 def shape_of(size: Size, tile: int, longest: int) -> Shape:
@@ -56,5 +65,6 @@ def larger_tiles(processor: Any, size: Size, scale: float) -> dict[str, Any]:
 
 
 IDEFICS3 = Family(NAME, look, cell, larger_tiles, resized=False, tiles=True)
+SMOLVLM = replace(IDEFICS3, watch=watch, film_token="image_token_id", filmed=EVERY_FRAME)
 
-FAMILIES = {"idefics3": IDEFICS3, "smolvlm": IDEFICS3}
+FAMILIES = {"idefics3": IDEFICS3, "smolvlm": SMOLVLM}

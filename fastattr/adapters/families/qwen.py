@@ -1,7 +1,7 @@
 """Qwen-VL and its kin: any size, patches merged two by two, grids given as `(t, h, w)` patches.
 
 A video is one grid: a temporal patch holds two frames, so `t` counts pairs. Qwen3-VL writes the time of every pair
-before its tokens, which changes nothing here, since those are found by their id.
+before its tokens, which changes nothing here, since those are found by their id. Of Omni models the thinker is meant.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def no_limit(processor: Any, size: Size, scale: float) -> dict[str, Any]:
     return {"size": UNLIMITED}
 
 
-def qwen(name: str, *, films: bool = True) -> Family:
+def qwen(name: str, *, films: bool = True, masked: bool = False) -> Family:
     return Family(
         name,
         look,
@@ -42,12 +42,14 @@ def qwen(name: str, *, films: bool = True) -> Family:
         watch=watch if films else None,
         token_types="mm_token_type_ids",
         filmed=EVERY_FRAME,
+        masked=masked,
     )
 
 
 QWEN2 = qwen("Qwen2-VL, Qwen2.5-VL")
 QWEN3 = qwen("Qwen3-VL")
 QWEN3_5 = qwen("Qwen3.5")
+OMNI = qwen("Qwen2.5-Omni, Qwen3-Omni", masked=True)
 
 FAMILIES = {
     "qwen2_vl": QWEN2,
@@ -57,6 +59,8 @@ FAMILIES = {
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5,
     "qwen4_exp": qwen("Qwen4-Exp"),
+    "qwen2_5_omni_thinker": OMNI,
+    "qwen3_omni_moe_thinker": OMNI,
     "exaone4_5": qwen("EXAONE 4.5"),
     "paddleocr_vl": qwen("PaddleOCR-VL", films=False),  # reads no videos
     "ernie4_5_vl_moe": qwen("ERNIE 4.5 VL", films=False),  # its video half draws the time into the frames

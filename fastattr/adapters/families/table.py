@@ -38,6 +38,7 @@ def listed() -> list[Listed]:
     """Every family that is known here, in order of name, then those that were registered."""
     proven = {row["model_type"]: row for row in json.loads(PROVEN.read_text(encoding="utf-8"))}
     nothing = {"family": "", "pictures": "", "proven": "", "stood_in": ""}
+    others = registered_types()
     rows = [
         Listed(
             model_type,
@@ -49,10 +50,11 @@ def listed() -> list[Listed]:
             shown["stood_in"],
         )
         for model_type, family in FAMILIES.items()
+        if model_type not in others
         for shown in [proven.get(model_type, nothing)]
     ]
-    others = [Listed(model_type, "registered", "", "", "", "", "") for model_type in registered_types()]
-    return [*sorted(rows, key=lambda row: (row.family.lower(), row.model_type)), *others]
+    theirs = [Listed(model_type, "registered", "", "", "", "", "") for model_type in others]
+    return [*sorted(rows, key=lambda row: (row.family.lower(), row.model_type)), *theirs]
 
 
 def as_markdown() -> str:

@@ -18,9 +18,9 @@ _ENCODER = (
     "whose hidden states could be read; its cross-attention would be needed"
 )
 
-_MASKED = (
-    "it places its tokens on the picture only where an attention mask is passed, which is not done for one sequence without "
-    "padding, so other states than those of its own generate would be read; a replay that always passes one would be needed"
+_SPEAKING = (
+    "it is a thinker, which sees and says words, and models that speak them aloud; the thinker alone would be needed: "
+    "wrap(hf_model.thinker, processor)"
 )
 
 REASONS: Mapping[str, str] = {
@@ -61,8 +61,8 @@ REASONS: Mapping[str, str] = {
         "it writes many tokens at once by denoising them, so no token is predicted from the state before it, which is what is "
         "read here; states of its denoising steps and what they mean would be needed"
     ),
-    "qwen2_5_omni_thinker": _MASKED,
-    "qwen3_omni_moe_thinker": _MASKED,
+    "qwen2_5_omni": _SPEAKING,
+    "qwen3_omni_moe": _SPEAKING,
     "glm5_next": (
         "its processor shrinks and pads pictures to a number of tokens, and nobody has proven yet where they then lie on the "
         "picture; an adapter that says so would be needed (register_adapter)"

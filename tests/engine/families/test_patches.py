@@ -12,7 +12,7 @@ from PIL import Image
 
 import fastattr
 from fastattr import adapters
-from fastattr.adapters.processors import load_processor
+from fastattr.adapters.processors import ComposedProcessor, grid_tokens, load_processor
 from fastattr.images import read_visuals
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, wrap
 from tests.engine.families.tiny_patches import (
@@ -133,8 +133,11 @@ def test_capture_of_kimis_pictures_needs_the_pictures() -> None:
 # --- videos, and loading -------------------------------------------------------------------------------------
 
 
-def test_videos_that_are_no_grids_are_shown_as_frames() -> None:
-    model = wrapped(video_llama_3())
+def test_without_a_video_half_videos_are_shown_as_frames() -> None:
+    held = video_llama_3()
+    images, token = held.processor.image_processor, "<|image_pad|>"
+    composed = ComposedProcessor(images, held.processor.tokenizer, token, grid_tokens(images, token))
+    model = fastattr.wrap(held.hf_model, composed)
     assert not model.takes_videos
     (group,) = groups_of(model, [[picture(40, 56, seed) for seed in range(3)]])
     assert group.grid == (3, 5, 7)

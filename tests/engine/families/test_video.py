@@ -206,6 +206,34 @@ def test_capture_of_a_video_is_its_replay(kind: str) -> None:
     assert again.context_tokens == why.context_tokens
 
 
+def test_evidence_of_a_captured_video_keeps_its_pace() -> None:
+    """Blanking takes the pixels away and leaves the seconds between time steps as generate was given them."""
+    model = wrapped("qwen2_5_vl")
+    frames = film(4)
+    example = encoded(model, [frames])
+    inputs: dict[str, torch.Tensor] = {**example.model_inputs, "input_ids": example.input_ids[None]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["second_per_grid_ts"] = torch.full_like(inputs["second_per_grid_ts"], 3.0)
+    never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
+    with fastattr.capture(model) as states:
+        out = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=4, suppress_tokens=never)
+    why = states.attribute(out, image=[frames], prompt=PROMPT, evidence=True)
+
+    n, grey = len(example.input_ids), adapters.encode(model, [v.blank() for v in read_visuals([frames])], PROMPT)
+    given = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, out.shape[1] - 1 - n))
+
+    def log_probs(pixels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            seen = model.hf_model(input_ids=out[:, :-1], **{**given, "pixel_values_videos": pixels})
+        rows = seen.logits[0, n - 1 :, : model.head.vocab].log_softmax(dim=-1)
+        return rows.gather(1, out[0, n:, None])[:, 0]
+
+    lost = log_probs(given["pixel_values_videos"]) - log_probs(grey.model_inputs["pixel_values_videos"])
+    assert why.evidence is not None
+    torch.testing.assert_close(why.evidence, lost, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
 def test_videos_in_one_batch_are_read_as_alone(kind: str) -> None:
     """Sequences of different lengths: nothing looks behind their end, and linear attention neither."""
