@@ -85,7 +85,7 @@ class TokenStream:
 
 def stream(
     model: Model,
-    image: ImageLike | Sequence[ImageLike],
+    image: ImageLike | Sequence[ImageLike] | None,
     prompt: str | Messages | Chat,
     tokens: Iterable[int] | None = None,
     *,

@@ -97,11 +97,6 @@ class Shown:
         return self.sizes
 
 
-def fits_any(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    """No option is needed: the processor takes pictures as they are."""
-    return {}
-
-
 @dataclass(frozen=True)
 class Family:
     """How one kind of model sees pictures.
