@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ class Model:
     def placeholders(self) -> list[str]:
         """What stands for pictures in a rendered chat."""
         return self.decode([[id] for id in self.placeholder_ids])
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """Ids and texts of tokens that mark something rather than say it, placeholders among them."""
+        tokenizer = self.processor.tokenizer
+        ids = {*getattr(tokenizer, "all_special_ids", ()), *self.placeholder_ids}
+        added = getattr(tokenizer, "added_tokens_decoder", {})  # made anew at every call
+        wanted = sorted(ids | {id for id, token in added.items() if getattr(token, "special", False)})
+        return dict(zip(wanted, self.decode([[id] for id in wanted]), strict=True))
 
     @property
     def takes_videos(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -62,7 +62,7 @@ def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence
         TokenLayoutError: a text is not in what the model reads, for example because the chat template rewrites it.
         InputError: the texts hold special tokens alone.
     """
-    special = _special_tokens(model)
+    special = model.special_tokens
     ids = input_ids.tolist()
     said: list[list[_Text]] = [[]]
     texts = iter(_surroundings(model, chat, special))
@@ -102,7 +102,7 @@ _Text = tuple[str, str, str]  # what was said, and what the template writes befo
 
 
 def _find(
-    model: Model, ids: Sequence[int], stretch: range, said: Sequence[_Text], special: dict[int, str]
+    model: Model, ids: Sequence[int], stretch: range, said: Sequence[_Text], special: Mapping[int, str]
 ) -> list[int] | None:
     """Positions of the tokens of some texts, in order, within a stretch of the sequence; None if one is not there."""
     if not said:
@@ -156,7 +156,7 @@ def _alike(one: Iterable[str], other: Iterable[str]) -> int:
 _MARK = "\N{ASTERISM}"
 
 
-def _surroundings(model: Model, chat: Chat, special: dict[int, str]) -> list[_Text]:
+def _surroundings(model: Model, chat: Chat, special: Mapping[int, str]) -> list[_Text]:
     """Every text with what the chat template writes around it, up to the texts before and behind."""
     n = len(chat.texts)
     left = iter(range(n))
@@ -186,15 +186,7 @@ def _surroundings(model: Model, chat: Chat, special: dict[int, str]) -> list[_Te
     if len(written) != n + 1:  # a template that writes texts twice
         written = [""] * (n + 1)
     nothing = re.compile("|".join([r"\s+", *(re.escape(token) for token in sorted(special.values(), key=len)[::-1])]))
-    bare = [nothing.sub("", each) for each in (*written, *chat.texts)]
+    tokenizer = model.processor.tokenizer  # which may normalise, or lack a character
+    read = model.decode([tokenizer(text, add_special_tokens=False)["input_ids"] for text in chat.texts])
+    bare = [nothing.sub("", each) for each in (*written, *read)]
     return [(bare[n + 1 + i], bare[i], bare[i + 1]) for i in range(n)]
-
-
-def _special_tokens(model: Model) -> dict[int, str]:
-    """Ids and texts of tokens that mark something rather than say it."""
-    tokenizer = model.processor.tokenizer
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    ids = {*getattr(tokenizer, "all_special_ids", ()), *model.placeholder_ids}
-    ids |= {id for id, token in added.items() if getattr(token, "special", False)}
-    wanted = sorted(ids)
-    return dict(zip(wanted, model.decode([[id] for id in wanted]), strict=True))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.normalizers import NFC
 
 import fastattr
 from fastattr import Chat, adapters
@@ -224,6 +226,19 @@ def test_the_same_word_in_every_turn(model: fastattr.Model) -> None:
     assert "".join(said(model, encoded).split()) == "YesYesYes"
     behind, theirs = (len(each.input_ids) - each.prompt[-1] for each in (encoded, other))
     assert behind == theirs
+
+
+@pytest.mark.parametrize(
+    "words", ["cafe\u0301 ou the\u0301 ?", "  two   spaces\tand\na line ", "\N{SNOWMAN} \N{PILE OF POO}"]
+)
+def test_text_that_a_tokenizer_normalises(qwen: fastattr.Model, words: str) -> None:
+    """Qwen's tokenizers compose accents (NFC): the tokens of the text are found although its characters changed."""
+    held = TINY["qwen2_vl"]()
+    held.processor.tokenizer.backend_tokenizer.normalizer = NFC()
+    model = fastattr.wrap(held.hf_model, held.processor)
+    encoded = adapters.encode(model, read_visuals(picture()), words)
+    expected = unicodedata.normalize("NFC", words).strip()
+    assert said(model, encoded).strip() == expected
 
 
 def test_special_tokens_alone_are_no_prompt(qwen: fastattr.Model) -> None:

@@ -196,7 +196,7 @@ def prove_places(model: fastattr.Model, height: int, width: int, scale: float) -
         (1, columns - 2),
         (rows // 2, columns // 3),
     }
-    for row, column in sorted(cells):
+    for row, column in sorted(cell for cell in cells if 0 <= cell[0] < rows and 0 <= cell[1] < columns):
         across = inside(height, top, bottom, row, rows), inside(width, left, right, column, columns)
         planted = plain.copy()
         planted[across] = (255, 0, 255)
