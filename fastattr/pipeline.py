@@ -261,6 +261,8 @@ def attribute_states(
         evidence=False,
         backend=backend,
     )
+    if not config.scales:
+        raise InputError("scales is empty, expected one number for each of hidden_states, for example (1.0,)")
     every = [_as_list(value) for value in (hidden_states, input_ids, layout)]
     if {len(each) for each in every} != {len(config.scales)}:
         raise InputError(
