@@ -214,7 +214,7 @@ def test_missing_packages_are_named(
 def test_help_needs_no_optional_package() -> None:
     code = (
         "import sys\n"
-        "for name in ('duckdb', 'pyarrow', 'fsspec', 'starlette', 'uvicorn', 'jinja2', 'opentelemetry'): sys.modules[name] = None\n"
+        "for name in ('duckdb', 'pyarrow', 'fsspec', 'starlette', 'uvicorn', 'opentelemetry'): sys.modules[name] = None\n"
         "sys.argv = ['fastattr', 'log', '--help']\n"
         "from fastattr.cli import main; main()"
     )

@@ -122,7 +122,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("telemetry", value) for value in ("yes", None)],
     *[(name, value) for name in ("redact", "on_record", "on_alert")
       for value in (3, "json:no_such_thing", "no_such_package_:x", "json", "")],
-    *[("attribution", value) for value in (None, "arc", {"scales": []})],
+    *[("attribution", value) for value in (None, "arc", {"scales": [0]})],
     *[("storage_options", value) for value in (None, "key", [1])],
     *[("destination", value) for value in ("", "  ", "a\0b")],
     ("spool", "s3://bucket/spool"),
@@ -132,7 +132,7 @@ WRONG: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}={value!r}"[:40] for name, value in WRONG])
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     mapping = {"destination": "somewhere", name: value}
-    with pytest.raises(InputError, match="scales" if value == {"scales": []} else name):
+    with pytest.raises(InputError, match="scales" if value == {"scales": [0]} else name):
         LogConfig.from_mapping(mapping)
 
 
