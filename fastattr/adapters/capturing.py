@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastattr.adapters.buffer import Pages, StateBuffer
 from fastattr.adapters.encode import encode, group_images
 from fastattr.adapters.families import Shown, looks_of, video_looks_of
-from fastattr.adapters.hooks import decoder_of, unwrap_peft
+from fastattr.adapters.hooks import all_positions, decoder_of, unwrap_peft
 from fastattr.adapters.model import Model
 from fastattr.adapters.states import forward
 from fastattr.adapters.wording import text_positions
@@ -349,6 +349,9 @@ def _tap(base: Any) -> None:
                 for states in _capturing(base):
                     states.feed(kwargs.get("input_ids", args[0] if args else None), kwargs)
 
+            def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+                return (args, all_positions(kwargs)) if _capturing(base) else None
+
             def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 for states in _capturing(base):
                     states.keep(output if isinstance(output, Tensor) else output[0])
@@ -356,6 +359,7 @@ def _tap(base: Any) -> None:
             base.generate = recording
             tap.handles = [
                 base.register_forward_pre_hook(feed, with_kwargs=True),
+                decoder.register_forward_pre_hook(ask, with_kwargs=True),
                 decoder.register_forward_hook(keep),
             ]
         tap.users += 1

@@ -117,22 +117,36 @@ def through_norm(norm: nn.Module, states: Tensor) -> Tensor:
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone.
 
-    Compiled modules run as they are written meanwhile.
+    A decoder computes all positions meanwhile (see `all_positions`), and compiled modules run uncompiled.
     """
     seen: list[Tensor] = []
     here = get_ident()
+
+    def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, all_positions(kwargs)) if get_ident() == here else None
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if get_ident() == here:  # a server may generate beside it
             states = output if isinstance(output, Tensor) else output[0]
             seen.append(states.detach())
 
-    handle = module.register_forward_hook(keep)
+    handles = [module.register_forward_pre_hook(ask, with_kwargs=True), module.register_forward_hook(keep)]
     try:
         with _nothing_compiled():
             yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def all_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a decoder, without `logits_to_keep`.
+
+    Some models pass it on to their decoder, which then leaves out the other positions where later layers reuse the keys
+    and values of earlier ones (Gemma 4). Logits are still made for the kept positions alone: the model slices what the
+    decoder returns.
+    """
+    return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 
 
 @contextmanager
