@@ -85,11 +85,13 @@ def configure(config: AnyConfig, changes: ConfigChanges | None = None, *, defaul
             raise InputError(f"{', '.join(both)} is given in the configuration and beside it, expected it once")
         options, config = _known(config) | options, None
     if config is None:
-        config = options.pop("method", default)
+        config = options.pop("method", None)
     elif "method" in options:
         raise InputError(
             f"got config={config!r} and method={options['method']!r}, expected one of them: method names a whole configuration"
         )
+    if config is None:
+        config = method_of(default)
     if isinstance(config, str):
         if "@" in config and "scales" in options:
             raise InputError(

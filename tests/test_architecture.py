@@ -126,6 +126,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.log",
         "fastattr.log.dashboard",
         "fastattr.storage",
+        "fastattr.streaming",
         "fastattr.report",
     },
     "fastattr_kernels": {"fastattr_kernels.backend", "fastattr_kernels.reference", "fastattr_kernels.library"},
