@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample
 from fastattr.adapters.hooks import (
@@ -44,6 +45,25 @@ class Rows:
         return self._held[: self._n]
 
 
+def cache_name(hf_model: nn.Module) -> str:
+    """What a model's `forward` calls its cache, as an argument and in its output.
+
+    transformers renamed `past_key_values` to `cache` in 5.24; remote code may still use the old name there.
+
+    Raises:
+        UnsupportedModelError: it takes none.
+    """
+    model = unwrap_peft(hf_model)
+    arguments = inspect.signature(type(model).forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in arguments:
+            return name
+    raise UnsupportedModelError(
+        f"{type(model).__name__}.forward has no argument for a cache (cache, or past_key_values before transformers "
+        "5.24), so it cannot be read token by token; use attribute"
+    )
+
+
 class Decoder:
     """The states of one prompt at one scale, and of what is said to it, as it is said.
 
@@ -60,6 +80,7 @@ class Decoder:
         from transformers import DynamicCache
 
         # made here as `generate` does: some decoders make none by themselves
+        self._cache_name = cache_name(model.hf_model)
         self._cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
         self._rope_deltas: Any = None
         inputs = dict(encoded.model_inputs)
@@ -100,10 +121,9 @@ class Decoder:
             record_output(self._module) as chosen,
             self._own_positions(),
         ):
-            out = self._hf_model(
-                input_ids=ids[None], **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
-        self._cache = out.past_key_values
+            inputs = {**inputs, self._cache_name: self._cache}
+            out = self._hf_model(input_ids=ids[None], **inputs, use_cache=True, logits_to_keep=1)
+        self._cache = getattr(out, self._cache_name, None)
         if self._cache is None:
             raise UnsupportedModelError(
                 f"{type(self._hf_model).__name__} gives no cache back, so it cannot be read token by token; use attribute"
