@@ -58,6 +58,24 @@ def rank(states: Tensor, head: OutputHead, top_k: int, backend: str) -> tuple[Te
     return ids, logsumexp
 
 
+def rank_and_score(
+    states: Tensor, head: OutputHead, token_ids: Tensor, top_k: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the model ranks highest in each of `states [n dim]`, and what it made of `token_ids [n]`, in one pass.
+
+    Returns:
+        ordered ids int32 `[n k]`, and log-probabilities in nats `[n]`.
+
+    Raises:
+        InputError: when `top_k` is larger than the vocabulary.
+    """
+    ids, logsumexp = rank(states, head, top_k, backend)
+    logits = ops.lm_head_logit(
+        states, head.weight, token_ids, head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    )
+    return ids, logits - logsumexp
+
+
 def interference(
     scores: Tensor,
     counts: Tensor,

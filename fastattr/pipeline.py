@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +42,7 @@ def attribute(
     config: AnyConfig = None,
     *,
     max_new_tokens: int = 256,
+    generate_options: Mapping[str, Any] | None = None,
     targets: Targets | None = None,
     memory_limit: int | None = None,
     **changes: Unpack[ConfigChanges],
@@ -54,10 +55,12 @@ def attribute(
             that holds lists of frames for videos. URLs are not fetched. None where the messages hold them.
         prompt: the user's text, with all images before it. For several turns, images between words, a system prompt or
             tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context.
-        response: text, or token ids that are never re-tokenised; None lets the model answer (greedy,
-            at most `max_new_tokens`).
+        response: text, or token ids that are never re-tokenised; the end tokens behind the last word are left out. None
+            lets the model answer: by its own `generate` and `generation_config`, but greedily, at most `max_new_tokens`.
         config: an `AttributionConfig` or the name of one: `lens`, `tam`, `arc` (the default) or `best`, at other scales as
             in `"tam@1+1.5+2"`. `best` has the most exact maps and takes 50 more forwards a picture.
+        generate_options: further arguments of `generate` for the model's own answer: `logits_processor`,
+            `stopping_criteria`, `num_beams`, `do_sample=True`, ... What fastattr sets itself is refused.
         targets: explain these tokens alone: `"fields"` for the values of a JSON answer, words, indices, a compiled
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
@@ -73,7 +76,13 @@ def attribute(
     chosen = _for_model(configure(config, changes), model)
     row = (image, prompt, response)
     return _attribute_rows(
-        model, [row], chosen, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
+        model,
+        [row],
+        chosen,
+        max_new_tokens=max_new_tokens,
+        generate_options=generate_options,
+        targets=targets,
+        memory_limit=memory_limit,
     )[0]
 
 
@@ -85,6 +94,7 @@ def attribute_batch(
     config: AnyConfig = None,
     *,
     max_new_tokens: int = 256,
+    generate_options: Mapping[str, Any] | None = None,
     targets: Targets | None = None,
     **changes: Unpack[ConfigChanges],
 ) -> list[Attribution]:
@@ -96,6 +106,7 @@ def attribute_batch(
     Args:
         rows: image or images, prompt and response of each, as for `attribute`.
         config: an `AttributionConfig` or the name of one, as for `attribute`.
+        generate_options: as for `attribute`, of every row without a response; their objects are used for all of them.
         targets: as for `attribute`, of every row.
         **changes: options that replace those of `config`, as for `attribute`.
 
@@ -111,7 +122,15 @@ def attribute_batch(
     given = list(rows)
     if not given:
         raise InputError("got no rows, expected at least one (image, prompt, response)")
-    return _attribute_rows(model, given, chosen, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
+    return _attribute_rows(
+        model,
+        given,
+        chosen,
+        max_new_tokens=max_new_tokens,
+        generate_options=generate_options,
+        targets=targets,
+        memory_limit=None,
+    )
 
 
 def _for_model(config: AttributionConfig, model: Model) -> AttributionConfig:
@@ -129,6 +148,7 @@ def _attribute_rows(
     config: AttributionConfig,
     *,
     max_new_tokens: int,
+    generate_options: Mapping[str, Any] | None,
     targets: Targets | None,
     memory_limit: int | None,
 ) -> list[Attribution]:
@@ -141,6 +161,11 @@ def _attribute_rows(
         raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
     if config.regions and memory_limit is not None:
         raise InputError(f"regions={config.regions} weighs all maps at once; leave memory_limit out, or use regions=0")
+    if generate_options is not None and all(response is not None for _, _, response in rows):
+        raise InputError(
+            "generate_options are for the model's own answer, but every response was given; leave generate_options out, or "
+            "pass None as a response"
+        )
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
     given = [read_prompt(image, prompt) for image, prompt, _ in rows]
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
@@ -150,7 +175,7 @@ def _attribute_rows(
     for (seen, prompt), each, (_, _, response) in zip(given, encoded, rows, strict=True):
         if response is None:
             plain = adapters.encode(model, seen, prompt) if 1.0 not in scales else each[scales.index(1.0)]
-            responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens))
+            responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens, options=generate_options))
         else:
             responses.append(adapters.encode_response(model, response))
 
@@ -275,7 +300,7 @@ def attribute_captured(
 
     Args:
         states: from `capture`.
-        out: the sequence `[1 seq]` or the output object of `generate`.
+        out: the sequence `[1 seq]` or the output object of `generate`; its end tokens are not explained.
         image: pictures for overlays and evidence.
         prompt: the user's text, or the messages, to tell them from the chat template.
         config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open are the one that was

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastattr.adapters.buffer import Pages, StateBuffer
 from fastattr.adapters.encode import encode, group_images
+from fastattr.adapters.ending import end_tokens
 from fastattr.adapters.families import Shown, looks_of, video_looks_of
-from fastattr.adapters.hooks import all_positions, decoder_of, unwrap_peft
+from fastattr.adapters.hooks import all_positions, decoder_of, is_uncaptured, unwrap_peft
 from fastattr.adapters.model import Model
 from fastattr.adapters.states import forward
 from fastattr.adapters.wording import text_positions
@@ -42,6 +43,7 @@ class CapturedStates:
         n_prompts: how many it was given at once.
         fed: ids of every step, `[1 n]` each.
         hidden: states `[n dim]` that were read before, in place of those that hooks would keep; None but for a worker.
+        end_tokens: what ends a response, by the arguments of `generate` and the model's `generation_config`.
     """
 
     def __init__(self, model: Model, buffer: StateBuffer = SHARED_BUFFER) -> None:
@@ -51,6 +53,7 @@ class CapturedStates:
         self.n_prompts = 0
         self.fed: list[Tensor] = []
         self.hidden: Tensor | None = None
+        self.end_tokens = end_tokens(model)
         self._pages = Pages(buffer)
         self._runs = self._input_bytes = 0
         self._is_full = False
@@ -75,6 +78,7 @@ class CapturedStates:
                 f"generate was given {', '.join(kwargs) or 'nothing'}, expected input_ids: fastattr reads ids"
             )
         self._keep_given(ids, kwargs)
+        self.end_tokens = end_tokens(self.model, kwargs)
 
     def feed(self, ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
         """One forward of the model begins."""
@@ -144,6 +148,20 @@ class CapturedStates:
         fed = torch.cat(self.fed, dim=1)[0]
         complete = len(fed) == self.n_states == len(sequence) - 1 and not self._is_full
         return complete and torch.equal(fed, sequence[:-1])
+
+    def n_spoken(self, sequence: Tensor) -> int:
+        """Length of `sequence [seq]` up to the end tokens of its response.
+
+        Raises:
+            InputError: the response holds nothing else.
+        """
+        start = self.n_prompt
+        n = start + self.end_tokens.length(sequence[start:])
+        if n == start:
+            raise InputError(
+                f"{self.model.name} answered nothing but {len(sequence) - start} end tokens, so there is nothing to explain"
+            )
+        return n
 
     @property
     def n_states(self) -> int:
@@ -239,7 +257,9 @@ def captured_reading(
             f"out holds {len(sequence)} tokens that do not begin with the {start} tokens the captured model was given; "
             "pass what generate returned, with the prompt in front"
         )
+    n = states.n_spoken(sequence)
     hidden, source = states.read(sequence)
+    sequence, hidden = sequence[:n], hidden[: n - 1]
     ids = prefill.tolist()
     alike = model.film_token_id == model.image_token_id  # then only the processor tells what frames were shown as
     has_films = model.film_token_id in ids and model.family.watch is not None and (model.takes_videos or not alike)
@@ -328,7 +348,9 @@ class _Tap:
 
 
 def _capturing(base: Any) -> list[CapturedStates]:
-    """The blocks of this context that capture `base`."""
+    """The blocks of this context that capture `base`, while it runs for its user."""
+    if is_uncaptured():
+        return []
     return [states for captured, states in _open.get() if captured is base]
 
 
@@ -341,8 +363,9 @@ def _tap(base: Any) -> None:
             generate = base.generate
 
             def recording(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+                given = {"generation_config": args[0], **kwargs} if args else kwargs
                 for states in _capturing(base):
-                    states.begin(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+                    states.begin(kwargs.get("input_ids") if inputs is None else inputs, given)
                 return generate(inputs, *args, **kwargs)
 
             def feed(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample
 from fastattr.adapters.hooks import (
+    OwnPositions,
     decoder_of,
     interpolated_positions,
     layer_modules,
@@ -75,14 +74,13 @@ class Decoder:
     def __init__(self, model: Model, encoded: EncodedExample, *, layer: int = -1) -> None:
         self.encoded = encoded
         self._hf_model = model.hf_model
-        self._inner = getattr(unwrap_peft(model.hf_model), "model", None)
         self._module, self._norm = layer_modules(model.hf_model, layer)
         from transformers import DynamicCache
 
         # made here as `generate` does: some decoders make none by themselves
         self._cache_name = cache_name(model.hf_model)
         self._cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        self._rope_deltas: Any = None
+        self._positions = OwnPositions(model.hf_model)
         inputs = dict(encoded.model_inputs)
         if model.family.masked:  # later steps count on from the cache
             inputs["attention_mask"] = torch.ones_like(encoded.input_ids)[None]
@@ -119,7 +117,7 @@ class Decoder:
         with (
             record_output(decoder_of(self._hf_model)) as last,
             record_output(self._module) as chosen,
-            self._own_positions(),
+            self._positions,
         ):
             inputs = {**inputs, self._cache_name: self._cache}
             out = self._hf_model(input_ids=ids[None], **inputs, use_cache=True, logits_to_keep=1)
@@ -130,17 +128,3 @@ class Decoder:
             )
         final = last[-1][0]
         return final, final if self._norm is None else through_norm(self._norm, chosen[-1])[0]
-
-    @contextmanager
-    def _own_positions(self) -> Iterator[None]:
-        """Qwen's models keep on themselves how far positions lie behind tokens; several readings each need their own."""
-        if self._inner is None or not hasattr(self._inner, "rope_deltas"):
-            yield
-            return
-        others = self._inner.rope_deltas
-        self._inner.rope_deltas = self._rope_deltas
-        try:
-            yield
-            self._rope_deltas = self._inner.rope_deltas
-        finally:
-            self._inner.rope_deltas = others

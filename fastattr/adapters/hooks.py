@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from threading import get_ident
 from typing import Any, cast
@@ -117,7 +118,8 @@ def through_norm(norm: nn.Module, states: Tensor) -> Tensor:
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone.
 
-    A decoder computes all positions meanwhile (see `all_positions`), and compiled modules run uncompiled.
+    A decoder computes all positions meanwhile (see `all_positions`), compiled modules run uncompiled, and captures do not
+    see the forwards.
     """
     seen: list[Tensor] = []
     here = get_ident()
@@ -132,7 +134,7 @@ def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
     handles = [module.register_forward_pre_hook(ask, with_kwargs=True), module.register_forward_hook(keep)]
     try:
-        with _nothing_compiled():
+        with _nothing_compiled(), uncaptured():
             yield seen
     finally:
         for handle in handles:
@@ -172,6 +174,50 @@ def interpolated_positions(hf_model: nn.Module, needed: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+# --- what others keep of the model's runs -----------------------------------------------------------------------
+
+_uncaptured: ContextVar[bool] = ContextVar("fastattr_uncaptured", default=False)
+
+
+@contextmanager
+def uncaptured() -> Iterator[None]:
+    """Runs of fastattr's own, which are not those a `capture` block waits for."""
+    token = _uncaptured.set(True)
+    try:
+        yield
+    finally:
+        _uncaptured.reset(token)
+
+
+def is_uncaptured() -> bool:
+    return _uncaptured.get()
+
+
+class OwnPositions:
+    """Positions of one sequence, which Qwen's models and their kin keep on themselves between forwards.
+
+    They hold how far positions lie behind tokens (`rope_deltas`) for the sequence they read last. Within the block that
+    is this sequence; behind it, the one before. May be entered again, for the next forward.
+    """
+
+    def __init__(self, hf_model: nn.Module) -> None:
+        self._modules = [each for each in unwrap_peft(hf_model).modules() if "rope_deltas" in vars(each)]
+        self._own: list[Any] = [None for _ in self._modules]
+        self._others: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._others = self._exchange(self._own)
+
+    def __exit__(self, *_error: object) -> None:
+        self._own = self._exchange(self._others)
+
+    def _exchange(self, values: list[Any]) -> list[Any]:
+        held = [each.rope_deltas for each in self._modules]
+        for module, value in zip(self._modules, values, strict=True):
+            module.rope_deltas = value
+        return held
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------

@@ -146,10 +146,11 @@ def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
         raise InputError(f"generate returned {type(job.out).__name__}, expected one sequence [1 seq]")
     prompt_ids = states.prompt()
     sequence = sequences[0].to(prompt_ids.device)
-    tensors = {"prompt_ids": prompt_ids.clone(), "sequence": sequence}
+    n = states.n_spoken(sequence)  # what ended it was said to `generate`, which the worker does not know
+    tensors = {"prompt_ids": prompt_ids.clone(), "sequence": sequence[:n]}
     tensors |= {f"input.{name}": value for name, value in states.model_inputs.items()}
     if states.matches(sequence):  # else the worker reads them again
-        tensors["hidden"] = states.read(sequence)[0]
+        tensors["hidden"] = states.read(sequence)[0][: n - 1]
     return tensors, "captured"
 
 
