@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fastattr.reasoning import find_reasoning
+
+if TYPE_CHECKING:
+    from fastattr.types import Attribution
 
 # English words that say little a picture could bear out. Numbers, quantities, yes, no and not do, and are not here.
 FUNCTION_WORDS = frozenset(
@@ -28,9 +33,11 @@ FUNCTION_WORDS = frozenset(
 )
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
+Span = tuple[int, int]
 
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole character
 _BLOCK = 8  # tokens of a run decoded from one place on, with as many before them
+_PROMPT_END = 32  # tokens in which a chat template may open the reasoning
 _SETTLE = 32  # tokens after which a text that comes token by token is decoded from a later place on
 
 
@@ -43,11 +50,15 @@ class TokenText:
         tokens: what each token writes; tokens that write parts of one character all carry it.
         spans: half-open character ranges in `text`, in order. Together they cover it, and two of them have one
             character in common at most. Empty for a token that writes nothing.
+        special: indices of tokens that mark something rather than say it, such as the end of a turn.
+        reasoning: half-open character ranges of what the model wrote to itself, see `fastattr.reasoning`.
     """
 
     text: str
     tokens: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+    special: tuple[int, ...] = ()
+    reasoning: tuple[Span, ...] = ()
 
 
 def decoder_of(tokenizer: Any) -> Decode:
@@ -58,6 +69,13 @@ def decoder_of(tokenizer: Any) -> Decode:
     wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     options = {name: value for name, value in wanted.items() if any_name or name in named}
     return lambda rows: list(tokenizer.batch_decode(rows, **options))
+
+
+def special_ids_of(tokenizer: Any) -> frozenset[int]:
+    """Ids of a tokenizer's tokens that mark something rather than say it."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # made anew at every call
+    special = (int(id) for id, token in added.items() if getattr(token, "special", False))
+    return frozenset((*getattr(tokenizer, "all_special_ids", ()), *special))
 
 
 def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
@@ -73,7 +91,7 @@ def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
         return TokenText("", (), ())
     (text,) = decode([ids])
     own = _OwnTexts(ids, decode)
-    spans: list[tuple[int, int]] = []
+    spans: list[Span] = []
     at = i = 0
     while i < len(ids):
         stop = own.run_end(i)
@@ -86,6 +104,58 @@ def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
         spans += _share(own, i, stop, text[at:end], at)
         at, i = end, stop
     return TokenText(text, tuple(text[start:stop] for start, stop in spans), tuple(spans))
+
+
+def decode_response(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], decode: Decode, special_ids: Collection[int]
+) -> TokenText:
+    """`decode_tokens` of a response, with what of it is no answer.
+
+    Args:
+        prompt_ids: what stands before it: a chat template may open the reasoning there.
+        special_ids: of tokens that are never words.
+    """
+    said = decode_tokens(response_ids, decode)
+    special = tuple(i for i, id in enumerate(response_ids) if id in special_ids)
+    (ending,) = decode([list(prompt_ids[-_PROMPT_END:])])
+    return replace(said, special=special, reasoning=find_reasoning(said.text, ending))
+
+
+def said_text(why: TokenText | Attribution) -> str:
+    """The response with white space in place of its special tokens, character for character."""
+    return _blank(_text_of(why), [why.spans[i] for i in why.special])
+
+
+def answer_text(why: TokenText | Attribution) -> str:
+    """The same with white space in place of its reasoning too."""
+    return _blank(said_text(why), why.reasoning)
+
+
+def reasoning_tokens(why: TokenText | Attribution) -> tuple[int, ...]:
+    """Indices of the tokens that write reasoning and nothing of the answer."""
+    answer = answer_text(why)
+    within = iter(sorted(why.reasoning))
+    start, stop = next(within, (0, 0))
+    found = []
+    for i, (first, last) in enumerate(why.spans):
+        while stop <= first and stop:
+            start, stop = next(within, (0, 0))
+        if start < last and first < stop and first < last and not answer[first:last].strip():
+            found.append(i)
+    return tuple(found)
+
+
+def _text_of(why: TokenText | Attribution) -> str:
+    return why.text if isinstance(why, TokenText) else why.response
+
+
+def _blank(text: str, spans: Iterable[Span]) -> str:
+    pieces, end = [], 0
+    for start, stop in spans:
+        start = max(start, end)
+        pieces += [text[end:start], "\n" * (stop - start)]
+        end = max(end, stop)
+    return "".join(pieces) + text[end:]
 
 
 class _OwnTexts:
@@ -126,7 +196,7 @@ class _OwnTexts:
         return self.behind([], [self.ids[start:stop]])[0]
 
 
-def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[tuple[int, int]]:
+def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Span]:
     """The spans of the tokens `start` to `stop`, which together wrote `text` at character `at`."""
     n = stop - start
     if n == 1:
@@ -137,7 +207,7 @@ def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[tu
         if len(text.encode()) == n:  # whole characters
             places = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
             return [(at + first, at + last) for first, last in places]
-    spans: list[tuple[int, int]] = []
+    spans: list[Span] = []
     known = length = 0  # characters that are as in the text, and those decoded so far
     for block in range(start, stop, _BLOCK):
         first, last = max(start, block - _BLOCK), min(stop, block + _BLOCK)
@@ -208,7 +278,7 @@ class TextPieces:
         held = len(text) - self._given
         ends = [self._ids[-n:] for n in range(1, _BLOCK + 1)]
         for ids, end in zip(ends, self._decode(ends), strict=True):
-            if text.endswith(end) and end[: len(end) - held].strip() and not end.startswith(_BROKEN):
+            if len(end) > held and text.endswith(end) and end[: len(end) - held].strip() and end[0] != _BROKEN:
                 self._ids, self._given = ids, len(end) - held
                 return
 
