@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from fastattr.method import explain_responses, explain_states
 from fastattr.msea import base_scale
 from fastattr.regions import spread, weigh, windows
 from fastattr.targets import Targets, choose_targets
-from fastattr.text import Decode, decode_tokens, show_ids
+from fastattr.text import Decode, decode_response, decode_tokens, decoder_of, show_ids, special_ids_of
 from fastattr.types import Attribution, AttributionConfig, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
 if TYPE_CHECKING:
@@ -186,8 +186,12 @@ def _attribute_rows(
     blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
     readings = [[read[i] for read in by_scale] for i in range(len(rows))]
     chosen = [
-        None if targets is None else choose_targets(targets, decode_tokens(each.tolist(), model.decode))
-        for each in responses
+        None
+        if targets is None
+        else choose_targets(
+            targets, decode_response(each[0].input_ids.tolist(), response.tolist(), model.decode, model.marker_ids)
+        )
+        for each, response in zip(encoded, responses, strict=True)
     ]
     explained = explain_responses(readings, model.head, config, targets=chosen, memory_limit=memory_limit)
     found = []
@@ -210,6 +214,7 @@ def _attribute_rows(
                 source="replay",
                 notes=notes_of(maps, mine[0].layout, config, seen, asked, takes_videos=model.takes_videos),
                 targets=asked,
+                special_ids=model.marker_ids,
             )
         )
     return found
@@ -273,7 +278,7 @@ def attribute_states(
         raise InputError(
             f"got {len(visuals)} images for a layout with {len(maps.image)} image groups, expected one each"
         )
-    decode = show_ids if tokenizer is None else tokenizer.batch_decode
+    decode = show_ids if tokenizer is None else decoder_of(tokenizer)
     return finish(
         maps,
         readings,
@@ -282,6 +287,7 @@ def attribute_states(
         visuals=visuals,
         source="states",
         notes=notes_of(maps, readings[0].layout, chosen, visuals),
+        special_ids=() if tokenizer is None else special_ids_of(tokenizer),
     )
 
 
@@ -356,6 +362,7 @@ def attribute_captured(
         calibration=states.model.calibration,
         source=source,
         notes=notes,
+        special_ids=states.model.marker_ids,
     )
 
 
@@ -471,10 +478,11 @@ def finish(
     model: str = "",
     calibration: Calibration | None = None,
     targets: Sequence[int] | None = None,
+    special_ids: Collection[int] = (),
 ) -> Attribution:
     layout, ids = readings[0].layout, readings[0].input_ids.tolist()
     start, stop = layout.response
-    response = decode_tokens(ids[start:stop], decode)
+    response = decode_response(ids[:start], ids[start:stop], decode, special_ids)
     prompt_tokens = decode_tokens([ids[position] for position in layout.prompt], decode).tokens
     return Attribution(
         response=response.text,
@@ -504,6 +512,8 @@ def finish(
         versions=_versions(maps.backend),
         calibration=calibration,
         explained=None if targets is None else _mask(targets, stop - start),
+        special=response.special,
+        reasoning=response.reasoning,
     )
 
 

@@ -20,7 +20,7 @@ from fastattr.maps import check_finite, check_ids, image_activations, is_degener
 from fastattr.method import Block, Shared, explain_block
 from fastattr.msea import base_scale, common_grids, scale_weights
 from fastattr.pipeline import finish, notes_of
-from fastattr.text import decode_tokens
+from fastattr.text import TextPieces
 from fastattr.types import Attribution, AttributionConfig, ScaleStates, TokenMaps
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ class Stream:
             scale = scales[self._base]
             self._blank = Decoder(model, encode(model, [visual.blank() for visual in visuals], prompt, scale=scale))
         self._ids: list[int] = []
+        self._pieces = TextPieces(model.decode)
         self._found: list[Block] = []
         self._evidence: list[float] = []
         self._unfed: int | None = None
@@ -253,6 +254,7 @@ class Stream:
             notes=notes_of(
                 maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos
             ),
+            special_ids=self._model.marker_ids,
         )
 
     # --- one token --------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ class Stream:
         return Step(
             index=index,
             token_id=token_id,
-            text=self._text(),
+            text=self._pieces.add(token_id),
             image=tuple(each[0] for each in found.image),
             context=found.context[0],
             relevance=None if found.relevance is None else found.relevance[0],
@@ -374,9 +376,3 @@ class Stream:
             return Rows(new)
         rows.add(new)
         return rows
-
-    def _text(self) -> str:
-        """What the last token adds, from the last few: earlier ones do not change it."""
-        recent = self._ids[-16:]
-        before, whole = (decode_tokens(ids, self._model.decode).text if ids else "" for ids in (recent[:-1], recent))
-        return whole[len(before) :] if whole.startswith(before) and "\ufffd" not in whole[len(before) :] else ""

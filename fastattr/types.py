@@ -421,6 +421,9 @@ class Attribution:
         calibration: which evidence is low for this model and how far that can be trusted; None where nobody measured.
         explained: bool `[target]`, which tokens were asked for; the others have scores, but maps, context and relevance
             of zeros. None where all were.
+        special: indices of tokens that mark something rather than say it, such as the end of a turn; they are never words.
+        reasoning: half-open character ranges of `response` that the model wrote to itself before it answered, as between
+            `<think>` and `</think>`; see `fastattr.reasoning`.
     """
 
     response: str
@@ -450,6 +453,8 @@ class Attribution:
     versions: tuple[tuple[str, str], ...] = field(default=())
     calibration: Calibration | None = None
     explained: Tensor | None = None
+    special: tuple[int, ...] = ()
+    reasoning: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
