@@ -95,6 +95,10 @@ def load(path: str | Path) -> Attribution:
         raise SaveError(
             f"{str(path)!r} has format {manifest.get('format')}, this version reads {FORMAT}; use a matching fastattr"
         )
+    try:
+        config = from_saved(manifest["config"])
+    except InputError as error:
+        raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error}") from error
     pictures = tuple(
         np.stack([_from_png(tensors[f"picture.{i}.{t}"]) for t in range(frames)])
         for i, frames in enumerate(manifest["frames"])
@@ -107,7 +111,7 @@ def load(path: str | Path) -> Attribution:
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
-        config=from_saved(manifest["config"]),
+        config=config,
         calibration=None if calibration is None else Calibration(**calibration),
         **values,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,14 @@ from fastattr.adapters.hooks import all_positions, decoder_of, is_uncaptured, un
 from fastattr.adapters.model import Model
 from fastattr.adapters.states import forward
 from fastattr.adapters.wording import text_positions
-from fastattr.chat import Prompt, as_chat
+from fastattr.chat import Chat, Messages, Prompt, as_chat
+from fastattr.config import AnyConfig, ConfigChanges
 from fastattr.errors import InputError
-from fastattr.images import Visual
-from fastattr.types import ScaleStates, TokenLayout
+from fastattr.images import ImageLike, Visual
+from fastattr.types import Attribution, ScaleStates, TokenLayout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("fastattr")
 
@@ -125,11 +129,19 @@ class CapturedStates:
         """What these states and inputs hold in memory."""
         return self._pages.n_bytes + self._input_bytes
 
-    def attribute(self, out: Any, **options: Any) -> Any:
-        """Explain what `generate` returned. Options as in `fastattr.attribute_captured`."""
+    def attribute(
+        self,
+        out: Any,
+        config: AnyConfig = None,
+        *,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        prompt: str | Messages | Chat | None = None,
+        **changes: Unpack[ConfigChanges],
+    ) -> Attribution:
+        """Explain what `generate` returned, see `fastattr.pipeline.attribute_captured`."""
         from fastattr.pipeline import attribute_captured
 
-        return attribute_captured(self, out, **options)
+        return attribute_captured(self, out, config, image=image, prompt=prompt, **changes)
 
     def prompt(self) -> Tensor:
         """Ids `[n]` that the model was given.
