@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,7 +208,10 @@ class CapturedStates:
         Raises:
             InputError: images of this size are not what `generate` was given.
         """
-        blank = encode(self.model, [visual.blank() for visual in visuals], "What is it?").model_inputs
+        model = self.model
+        if model.family.nested and len(self.model_inputs.get("batch_num_images", ())) > 1:  # each was given alone
+            model = replace(model, family=replace(model.family, nested=False))
+        blank = encode(model, [visual.blank() for visual in visuals], "What is it?").model_inputs
         changed = {  # pixels; a number for each video, as the seconds between its steps, stays what it was
             name: value
             for name, value in blank.items()

@@ -276,7 +276,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     if films:
         chosen["videos"] = films
     if frames or not films:
-        chosen["images"] = frames
+        chosen["images"] = [frames] if frames and model.family.nested else frames
     try:
         produced = model.processor(text=[text], return_tensors="pt", **chosen)
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:

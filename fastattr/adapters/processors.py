@@ -43,9 +43,10 @@ class ComposedProcessor:
 
     def __call__(self, text: Sequence[str], images: Sequence[Any], return_tensors: str = "pt", **options: Any) -> Any:
         image_inputs = self.image_processor(list(images), return_tensors=return_tensors, **options)
+        n_images = sum(len(each) if isinstance(each, list) else 1 for each in images)  # they may be nested
         pieces = text[0].split(self.image_token)
-        if len(pieces) != len(images) + 1:
-            raise ValueError(f"the text holds {len(pieces) - 1} image placeholders for {len(images)} images")
+        if len(pieces) != n_images + 1:
+            raise ValueError(f"the text holds {len(pieces) - 1} image placeholders for {n_images} images")
         expanded = pieces[0] + "".join(self.expand(image_inputs, i) + piece for i, piece in enumerate(pieces[1:]))
         # the template has written the special tokens already
         encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
