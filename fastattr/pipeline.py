@@ -55,6 +55,7 @@ def attribute(
     max_new_tokens: int = 256,
     targets: Targets | None = None,
     memory_limit: int | None = None,
+    prompt_ids: Sequence[int] | Tensor | None = None,
 ) -> Attribution:
     """Explain every token of a response: where in the images, from which words, seen or made up.
 
@@ -70,6 +71,9 @@ def attribute(
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
+        prompt_ids: the token ids that the response was written to, by whatever engine. Where the prompt here is not the
+            same, for example because the engine gave its chat template other options, it is an error. A run of image
+            placeholders counts as one, since some engines return one a picture.
         scales: image sizes relative to the model's own; `model.scales` if not given: 1, 1.5 and 2, or 1 alone where the
             model reads pictures in tiles or always with the same number of tokens.
         method, ...: see `AttributionConfig`, which documents every option and its default.
@@ -100,7 +104,13 @@ def attribute(
     config = config.at(model.scales)
     row = (image, prompt, response)
     return _attribute_rows(
-        model, [row], config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
+        model,
+        [row],
+        config,
+        max_new_tokens=max_new_tokens,
+        targets=targets,
+        memory_limit=memory_limit,
+        prompt_ids=[prompt_ids],
     )[0]
 
 
@@ -113,6 +123,7 @@ def attribute_batch(
     *,
     max_new_tokens: int = 256,
     targets: Targets | None = None,
+    prompt_ids: Sequence[Sequence[int] | Tensor | None] | None = None,
 ) -> list[Attribution]:
     """Explain several responses at once: one forward a scale reads all of them, whatever their lengths.
 
@@ -123,6 +134,7 @@ def attribute_batch(
         rows: image or images, prompt and response of each, as for `attribute`.
         config: every choice of the method; the defaults at `model.scales` if not given.
         targets: as for `attribute`, of every row.
+        prompt_ids: as for `attribute`, one for each row.
 
     Returns:
         one attribution a row, in order.
@@ -138,7 +150,18 @@ def attribute_batch(
     given = list(rows)
     if not given:
         raise InputError("got no rows, expected at least one (image, prompt, response)")
-    return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
+    expected = [None] * len(given) if prompt_ids is None else list(prompt_ids)
+    if len(expected) != len(given):
+        raise InputError(f"got {len(expected)} prompt_ids for {len(given)} rows, expected one each, or None")
+    return _attribute_rows(
+        model,
+        given,
+        config,
+        max_new_tokens=max_new_tokens,
+        targets=targets,
+        memory_limit=None,
+        prompt_ids=expected,
+    )
 
 
 def _attribute_rows(
@@ -149,6 +172,7 @@ def _attribute_rows(
     max_new_tokens: int,
     targets: Targets | None,
     memory_limit: int | None,
+    prompt_ids: Sequence[Sequence[int] | Tensor | None],
 ) -> list[Attribution]:
     from fastattr import adapters
 
@@ -161,6 +185,9 @@ def _attribute_rows(
     given = [read_prompt(image, prompt) for image, prompt, _ in rows]
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
     encoded = [adapters.encode_scales(model, seen, prompt, config.scales) for seen, prompt in given]
+    for each, ids in zip(encoded, prompt_ids, strict=True):
+        if ids is not None:
+            adapters.check_prompt(model, each[0], ids)
     responses = []
     for (seen, prompt), each, (_, _, response) in zip(given, encoded, rows, strict=True):
         if response is None:
@@ -204,7 +231,8 @@ def _attribute_rows(
                 model=model.name,
                 calibration=model.calibration,
                 source="replay",
-                notes=notes_of(maps, mine[0].layout, config, seen, asked, takes_videos=model.takes_videos),
+                notes=notes_of(maps, mine[0].layout, config, seen, asked, takes_videos=model.takes_videos)
+                + adapters.template_notes(model, prompt),
                 targets=asked,
                 special_ids=model.marker_ids,
             )
@@ -327,7 +355,7 @@ def attribute_captured(
         InputError: nothing was captured, `out` holds several sequences, or `image` is not what `generate` was given.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
-    from fastattr.adapters import captured_reading
+    from fastattr.adapters import captured_reading, template_notes
 
     config = AttributionConfig(
         method=method,
@@ -350,6 +378,7 @@ def attribute_captured(
         blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
         seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
     notes = notes_of(maps, reading.layout, config, visuals, takes_videos=states.model.takes_videos)
+    notes += () if said is None else template_notes(states.model, said)
     if not visuals and not states.model.family.resized:
         notes += (
             "the images were not given, so where their processor crops, the part that the maps cover is not known",

@@ -91,6 +91,7 @@ def stream(
     *,
     config: AttributionConfig | None = None,
     max_new_tokens: int = 256,
+    prompt_ids: Sequence[int] | Tensor | None = None,
 ) -> Stream:
     """Explain a response while it is being written.
 
@@ -106,6 +107,8 @@ def stream(
             model answer by itself, greedily, at most `max_new_tokens`.
         config: every choice of the method; the defaults at `model.scales` if not given. Without `regions` and `compat`.
 
+        prompt_ids: those the tokens are said to, see `attribute`.
+
     Raises:
         InputError: the configuration asks for what needs the whole response.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
@@ -117,7 +120,7 @@ def stream(
         )
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
+    return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, prompt_ids)
 
 
 class Stream:
@@ -131,13 +134,16 @@ class Stream:
         tokens: Iterable[int] | None,
         config: AttributionConfig,
         max_new_tokens: int,
+        prompt_ids: Sequence[int] | Tensor | None = None,
     ) -> None:
-        from fastattr.adapters import Decoder, Rows, encode, encode_scales
+        from fastattr.adapters import Decoder, Rows, check_prompt, encode, encode_scales
 
         self._model, self._visuals, self._prompt, self._config = model, tuple(visuals), prompt, config
         self._backend = ops.resolve(config.backend, model.head.weight.device)
         self._base = base_scale(config.scales)
         encoded = encode_scales(model, visuals, prompt, config.scales)
+        if prompt_ids is not None:
+            check_prompt(model, encoded[0], prompt_ids)
         self._decoders = [Decoder(model, each, layer=config.layer) for each in encoded]
         self._own: Decoder | None = None
         if tokens is None:
@@ -187,6 +193,8 @@ class Stream:
         Raises:
             InputError: nothing was said yet.
         """
+        from fastattr.adapters import template_notes
+
         if not self._ids or self._log_prob is None:
             raise InputError("nothing was said yet, so there is nothing to explain; iterate over the stream first")
         found, n_context = self._found, self._found[-1].context.shape[1]
@@ -220,9 +228,8 @@ class Stream:
             model=self._model.name,
             calibration=self._model.calibration,
             source="replay",
-            notes=notes_of(
-                maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos
-            ),
+            notes=notes_of(maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos)
+            + template_notes(self._model, self._prompt),
             special_ids=self._model.marker_ids,
         )
 

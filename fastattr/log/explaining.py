@@ -74,4 +74,4 @@ def _attribution(request: Request, images: list[object], config: LogConfig, mode
             f"a replay holds {len(images)} images and {'no ' if prompt is None else 'a '}prompt, expected both"
         )
     options = {each.name: getattr(wanted, each.name) for each in fields(AttributionConfig) if each.name != "compat"}
-    return attribute(model, images, prompt, list(job.response_ids), **options)
+    return attribute(model, images, prompt, list(job.response_ids), prompt_ids=job.prompt_ids, **options)
