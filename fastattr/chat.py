@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from fastattr.errors import InputError
 from fastattr.images import Visual, read_visuals
 
 PICTURES = ("image", "video")
+NOT_OPTIONS = frozenset(  # what `apply_chat_template` is told by fastattr itself
+    [
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    ]
+)
 Messages = Sequence[Mapping[str, Any]]  # a conversation as chat templates take it
 
 
@@ -22,10 +42,13 @@ class Chat:
             `{"type": "text", "text": ...}`, `{"type": "image"}` and `{"type": "video"}`. A part may hold its picture:
             `{"type": "image", "image": ...}`, `{"type": "video", "video": [frame, ...]}`.
         tools: for the chat template; what it writes of them is no context.
+        template_options: what else the chat template reads, by name, such as `{"enable_thinking": False}`. Give what the
+            response was written with: other options make another prompt.
     """
 
     messages: Messages
     tools: Sequence[Any] | None = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.messages, list | tuple):
@@ -34,6 +57,16 @@ class Chat:
         if not isinstance(self.tools, list | tuple | None):
             raise InputError(f"the tools are a {type(self.tools).__name__}, expected a list of them")
         object.__setattr__(self, "tools", tuple(self.tools or ()))
+        options = self.template_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise InputError(f"template_options is {_short(options)}, expected a mapping by name")
+        wrong = sorted(NOT_OPTIONS & set(options))
+        if wrong:
+            raise InputError(
+                f"template_options holds {wrong[0]!r}, expected what the chat template reads; messages and tools have "
+                "places of their own, and fastattr asks for the prompt as text by itself"
+            )
+        object.__setattr__(self, "template_options", MappingProxyType(deepcopy(dict(options))))
         for message in self.messages:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InputError(f"a message is {_short(message)}, expected a mapping with a role and content")
@@ -53,6 +86,9 @@ class Chat:
         if not any(text.strip() for text in self.texts):
             raise InputError("the messages hold no text, expected some: it is the context the response is read against")
 
+    def __reduce__(self) -> tuple[type[Chat], tuple[Any, ...]]:
+        return Chat, (self.messages, self.tools, dict(self.template_options))  # a mapping proxy cannot be copied
+
     @property
     def parts(self) -> list[Mapping[str, Any]]:
         """Those of all messages, in order; content that is text counts as one part."""
@@ -62,6 +98,11 @@ class Chat:
     def texts(self) -> list[str]:
         """What everybody said, in order."""
         return [part["text"] for part in self.parts if part["type"] == "text"]
+
+    @property
+    def roles(self) -> list[str]:
+        """For each text who said it."""
+        return [m["role"] for m in self.messages for part in _parts(m) if part["type"] == "text"]
 
     @property
     def text(self) -> str:

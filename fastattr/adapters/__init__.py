@@ -7,7 +7,7 @@
 from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
 from fastattr.adapters.decoding import Decoder, Rows
-from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
+from fastattr.adapters.encode import EncodedExample, check_prompt, encode, encode_response, encode_scales
 from fastattr.adapters.ending import EndTokens, end_tokens
 from fastattr.adapters.exports import ExportedStates, read_sglang, read_vllm
 from fastattr.adapters.families import (
@@ -24,6 +24,7 @@ from fastattr.adapters.families import (
 from fastattr.adapters.generating import generate, generate_steps
 from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
 from fastattr.adapters.states import log_probs_of_images, replay, replay_batch
+from fastattr.adapters.wording import template_notes
 
 __all__ = [
     "FAMILIES",
@@ -42,6 +43,7 @@ __all__ = [
     "StateBuffer",
     "capture",
     "captured_reading",
+    "check_prompt",
     "encode",
     "encode_response",
     "encode_scales",
@@ -58,5 +60,6 @@ __all__ = [
     "registered_types",
     "replay",
     "replay_batch",
+    "template_notes",
     "wrap",
 ]

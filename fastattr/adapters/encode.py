@@ -200,6 +200,48 @@ def check_response(model: Model, ids: Tensor) -> None:
         )
 
 
+def check_prompt(model: Model, encoded: EncodedExample, prompt_ids: Sequence[int] | Tensor) -> None:
+    """Whether a prompt is the one that some engine says its response was written to.
+
+    A run of one placeholder counts as one, on both sides: how many an image has hangs on its scale, and some engines
+    return one a picture.
+
+    Args:
+        prompt_ids: int `[seq]`, without the response.
+
+    Raises:
+        InputError: they are no token ids.
+        TokenLayoutError: the prompts differ; the message shows where.
+    """
+    try:
+        ids = torch.as_tensor(prompt_ids).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"prompt_ids is a {type(prompt_ids).__name__}, expected token ids: {error}") from error
+    if ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
+        raise InputError(f"prompt_ids holds {len(ids)} values of {ids.dtype}, expected token ids")
+    given, ours = _joined(model, ids.tolist()), _joined(model, encoded.input_ids.tolist())
+    if given == ours:
+        return
+    at = next((i for i, (one, other) in enumerate(zip(given, ours, strict=False)) if one != other), None)
+    at = min(len(given), len(ours)) if at is None else at
+    size = model.head.weight.shape[0]
+    theirs, mine = (
+        "".join(model.decode([[id for id in each[max(0, at - 12) : at + 12] if 0 <= id < size]]))
+        for each in (given, ours)
+    )
+    raise TokenLayoutError(
+        f"prompt_ids is not the prompt that {model.name} is given here: they differ from token {at} on (a run of image "
+        f"placeholders counted as one), where prompt_ids says {theirs!r} and the prompt here {mine!r}; pass the messages, "
+        "tools and template_options that the response was written to, with fastattr.Chat"
+    )
+
+
+def _joined(model: Model, ids: Sequence[int]) -> list[int]:
+    """Ids with one placeholder in place of a run of them."""
+    stand_ins = {*model.placeholder_ids, model.film_token_id}
+    return [id for i, id in enumerate(ids) if i == 0 or id != ids[i - 1] or id not in stand_ins]
+
+
 def alike(examples: Sequence[EncodedExample]) -> bool:
     """Whether the examples hold the same tokens and inputs of the same shapes, so that one layout fits them all."""
     first = examples[0]

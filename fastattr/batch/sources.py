@@ -14,7 +14,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, BinaryIO, Literal
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from fastattr.chat import Chat, Prompt
+from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import DatasetError, FastattrError, ImageError, InputError
 from fastattr.log.record import check_request_id
 from fastattr.log.requests import prompt_of
@@ -39,7 +39,10 @@ _ROWS_AT_ONCE = 64  # of Parquet, decoded together
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field of a row holds what. Read beside them are `images` (a list), `messages` and `response_ids`.
+    """Which field of a row holds what.
+
+    Read beside them are `images` (a list), `messages`, `response_ids`, and `template_options` of the chat template (an
+    object, or its JSON as text).
 
     Attributes:
         id: a string or a whole number, not twice in all inputs. Of a WebDataset sample its key.
@@ -301,11 +304,26 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         prompt = prompt_of(list(messages))
     if not isinstance(prompt, str | Chat):
         raise InputError(f"{fields.prompt} is {_short(prompt)}, expected text")
+    options = _template_options(values.get("template_options"))
+    if options:
+        prompt = replace(as_chat(prompt, len(pictures)), template_options=options)
     if isinstance(prompt, Chat) and prompt.n_pictures != len(pictures):
         raise InputError(
             f"messages holds {prompt.n_pictures} image parts for {len(pictures)} images, expected one each, in their order"
         )
     return Row(number, id, place, pictures, prompt, _response(values, fields))
+
+
+def _template_options(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"template_options is {_short(value)}, which is no JSON: {error}") from error
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"template_options is {_short(value)}, expected an object")
+    # a column of structs names every option in every row
+    return {name: each for name, each in (value or {}).items() if each is not None}
 
 
 def read_image(image: bytes | str, storage_options: Mapping[str, Any] | None = None) -> bytes:
@@ -407,7 +425,8 @@ def _parquet_ids(file: BinaryIO, field: str) -> Iterator[tuple[int, Any]]:
 
 def _parquet_rows(file: BinaryIO, start: int, stop: int, fields: Fields) -> Iterator[Mapping[str, Any]]:
     table = pq.ParquetFile(file)
-    wanted = {fields.id, fields.image, "images", fields.prompt, "messages", fields.response, "response_ids"}
+    beside = {"images", "messages", "response_ids", "template_options"}
+    wanted = {fields.id, fields.image, fields.prompt, fields.response, *beside}
     columns = [name for name in table.schema_arrow.names if name in wanted]
     groups: list[int] = []
     begin = skipped = 0

@@ -103,7 +103,10 @@ def explain(
     prompt: Annotated[str | None, typer.Option(help="What to ask; by default 'Describe the image.'")] = None,
     messages: Annotated[
         Path | None,
-        typer.Option(help="A conversation instead of --prompt: JSON, a list of messages; its parts may hold paths."),
+        typer.Option(
+            help="A conversation instead of --prompt: JSON, a list of messages, or an object with messages, tools and "
+            "template_options; parts may hold paths."
+        ),
     ] = None,
     response: Annotated[str | None, typer.Option(help="The answer to explain; the model answers if not given.")] = None,
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
@@ -252,7 +255,7 @@ app.command()(batch.batch)
 def _explain(
     *,
     images: Sequence[Any] | None,
-    prompt: str | Messages,
+    prompt: str | Messages | fastattr.Chat,
     response: str | None,
     model_name: str,
     configs: Sequence[fastattr.AttributionConfig],
@@ -282,7 +285,7 @@ def _explain(
 
 def _explain_live(
     images: Sequence[Any] | None,
-    prompt: str | Messages,
+    prompt: str | Messages | fastattr.Chat,
     model_name: str,
     config: fastattr.AttributionConfig,
     out: Path,
@@ -326,11 +329,19 @@ def _frames(folder: Path) -> list[Path]:
     )
 
 
-def _read_messages(path: Path) -> Messages:
+def _read_messages(path: Path) -> Messages | fastattr.Chat:
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a conversation in JSON: {error}") from error
+    if isinstance(messages, dict):
+        unknown = sorted(set(messages) - {"messages", "tools", "template_options"})
+        if unknown or "messages" not in messages:
+            raise InputError(
+                f"{str(path)!r} holds {', '.join(messages) or 'nothing'}, expected messages, and tools and "
+                "template_options where there are some"
+            )
+        return fastattr.Chat(**messages)
     if not isinstance(messages, list):
         raise InputError(f"{str(path)!r} holds {type(messages).__name__}, expected a list of messages")
     return messages

@@ -135,7 +135,8 @@ def put(config: LogConfig, request: Request) -> Path:
 def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
     job = request.job
     if isinstance(job, Replay):
-        return {"response_ids": torch.tensor(job.response_ids, dtype=torch.long)}, "replay"
+        named = {"response_ids": job.response_ids, "prompt_ids": job.prompt_ids}
+        return {k: torch.tensor(ids, dtype=torch.long) for k, ids in named.items() if ids is not None}, "replay"
     if isinstance(job, Made):
         raise InputError("an attribution that exists needs no worker")
     states = job.states
@@ -220,7 +221,10 @@ def _read_job(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model:
     from fastattr.adapters import CapturedStates
 
     if manifest["job"] == "replay":
-        return Replay(tuple(tensors["response_ids"].tolist()))
+        prompt_ids = tensors.get("prompt_ids")
+        return Replay(
+            tuple(tensors["response_ids"].tolist()), None if prompt_ids is None else tuple(prompt_ids.tolist())
+        )
     states = CapturedStates(model)
     states.prompt_ids = tensors["prompt_ids"].to(model.device)
     sequence = tensors["sequence"].to(model.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -60,9 +61,10 @@ class Captured(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """The ids some engine answered with, to be read by the model in one forward."""
+    """The ids some engine answered with, to be read by the model in one forward, and those of its prompt where given."""
 
     response_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] | None = None
 
 
 class Made(NamedTuple):
@@ -135,11 +137,21 @@ def to_json(prompt: Prompt | None) -> Any:
         return prompt
     if any(callable(tool) for tool in prompt.tools or ()):
         raise InputError("tools holds a function, which a worker cannot be given; pass its JSON schema")
-    return {"messages": list(prompt.messages), "tools": list(prompt.tools or ())}
+    options = dict(prompt.template_options)
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"template_options holds what JSON cannot say, so a worker cannot be given it: {error}"
+        ) from error
+    return {"messages": list(prompt.messages), "tools": list(prompt.tools or ()), "template_options": options}
 
 
 def from_json(held: Any) -> Prompt | None:
-    return Chat(held["messages"], held["tools"]) if isinstance(held, dict) else held
+    """What `to_json` wrote; requests from before there were template options hold none."""
+    if not isinstance(held, dict):
+        return held
+    return Chat(held["messages"], held["tools"], held.get("template_options", {}))
 
 
 def _are_mappings(values: Any) -> bool:
@@ -159,7 +171,7 @@ def bytes_of(job: Captured | Replay | Made, images: Sequence[Any]) -> int:
     if isinstance(job, Captured):
         return held + job.states.n_bytes
     if isinstance(job, Replay):
-        return held + sys.getsizeof(job.response_ids)
+        return held + sys.getsizeof(job.response_ids) + sys.getsizeof(job.prompt_ids)
     why = job.why
     tensors = [*why.image, why.context, why.relevance, why.log_prob]
     return held + sum(each.nbytes for each in tensors if each is not None) + sum(each.nbytes for each in why.pictures)
