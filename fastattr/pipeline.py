@@ -507,7 +507,7 @@ def finish(
 
 
 def _mask(targets: Sequence[int], n: int) -> Tensor:
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[list(targets)] = True
     return mask
 

@@ -173,7 +173,7 @@ class Stream:
 
     def __next__(self) -> Step:
         token_id = int(next(self._tokens))
-        check_ids(torch.tensor([token_id]), self._model.head)
+        check_ids(torch.tensor([token_id], device="cpu"), self._model.head)
         if token_id in self._model.placeholder_ids:
             raise InputError(f"token {len(self._ids)} is the image placeholder (id {token_id}), which is never said")
         self._feed_last()
@@ -213,7 +213,7 @@ class Stream:
             readings,
             self._config,
             decode=self._model.decode,
-            evidence=torch.tensor(self._evidence) if self._config.evidence else None,
+            evidence=torch.tensor(self._evidence, dtype=torch.float32, device="cpu") if self._config.evidence else None,
             visuals=self._visuals,
             prompt=text_of(self._prompt),
             model=self._model.name,

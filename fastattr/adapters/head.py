@@ -101,7 +101,9 @@ def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> Out
         logits = hf_model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     states, logits = seen[-1][0, -1:].to(weight.device), logits.to(weight.device)
     # a spread of ids: the whole matrix in float32 would cost gigabytes in a large model
-    sample = torch.linspace(0, len(weight) - 1, min(len(weight), PROVEN_IDS), device=weight.device).long()
+    sample = torch.linspace(
+        0, len(weight) - 1, min(len(weight), PROVEN_IDS), dtype=torch.float64, device=weight.device
+    ).long()
     theirs = logits[sample]
 
     def gaps(head: OutputHead) -> Tensor:

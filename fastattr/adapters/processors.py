@@ -105,10 +105,10 @@ class FilmProcessor(ComposedProcessor):
         films = [self._read(frames, options.get("size")) for frames in videos]
         if films:
             shown["pixel_values_videos"] = torch.cat([patches for patches, _, _ in films])
-            shown["video_grid_thw"] = torch.tensor([grid for _, grid, _ in films])
+            shown["video_grid_thw"] = torch.tensor([grid for _, grid, _ in films], device="cpu")
             if self.style.paced:
                 pace = self.image_processor.temporal_patch_size / self.frames_per_second
-                shown["second_per_grid_ts"] = torch.full((len(films),), pace)
+                shown["second_per_grid_ts"] = torch.full((len(films),), pace, dtype=torch.float32, device="cpu")
         marks = {self.image_token: iter(stills), self.style.token: iter([written for _, _, written in films])}
         pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text[0])
         for mark, given, what in ((self.image_token, images, "images"), (self.style.token, videos, "videos")):

@@ -94,7 +94,8 @@ def _forward_ragged(
     fed = torch.stack([nn.functional.pad(each[:-1], (0, longest + 1 - len(each))) for each in sequences])
     mask = None
     if min(lengths) < longest:
-        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long().to(fed.device)
+        places, ends = (torch.tensor(each, device=fed.device) for each in (range(longest), lengths))
+        mask = (places < ends[:, None]).long()
     return forward(model, fed, collate(model, examples, longest), layer, interpolate, mask)
 
 
@@ -117,7 +118,7 @@ def log_probs_of_images(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
-    rows = [torch.empty(0, len(response_ids))]
+    rows = [torch.empty(0, len(response_ids), dtype=torch.float32, device="cpu")]
     remaining = iter(variants)
     while batch := [encode(model, images, prompt) for images in islice(remaining, batch_size)]:
         for examples in [batch] if model.family.stacks and alike(batch) else [[each] for each in batch]:

@@ -133,7 +133,7 @@ def put(config: LogConfig, request: Request) -> Path:
 def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
     job = request.job
     if isinstance(job, Replay):
-        return {"response_ids": torch.tensor(job.response_ids, dtype=torch.long)}, "replay"
+        return {"response_ids": torch.tensor(job.response_ids, dtype=torch.long, device="cpu")}, "replay"
     if isinstance(job, Made):
         raise InputError("an attribution that exists needs no worker")
     states = job.states
