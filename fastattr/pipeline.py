@@ -97,11 +97,14 @@ def attribute(
         evidence=evidence,
         backend=backend,
     )
-    config = config.at(model.scales)
-    row = (image, prompt, response)
-    return _attribute_rows(
-        model, [row], config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
-    )[0]
+    from fastattr import adapters
+
+    with adapters.explaining(model):
+        row = (image, prompt, response)
+        config = config.at(model.scales)
+        return _attribute_rows(
+            model, [row], config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
+        )[0]
 
 
 def attribute_batch(
@@ -132,13 +135,16 @@ def attribute_batch(
         ImageError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError: as `attribute`, for
             the first row that is at fault.
     """
-    config = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
-    if config.compat is not None:
-        raise InputError("compat='tam' is for attribute_states; a model's answers are explained without")
-    given = list(rows)
-    if not given:
-        raise InputError("got no rows, expected at least one (image, prompt, response)")
-    return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
+    from fastattr import adapters
+
+    with adapters.explaining(model):
+        config = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
+        if config.compat is not None:
+            raise InputError("compat='tam' is for attribute_states; a model's answers are explained without")
+        given = list(rows)
+        if not given:
+            raise InputError("got no rows, expected at least one (image, prompt, response)")
+        return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
 
 
 def _attribute_rows(
@@ -318,10 +324,11 @@ def attribute_captured(
         evidence: run one forward of the same tokens with the image blanked; needs `image`.
 
     Raises:
-        InputError: nothing was captured, `out` holds several sequences, or `image` is not what `generate` was given.
+        InputError: nothing was captured, `out` holds several sequences, `image` is not what `generate` was given, or the
+            model has changed since.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
-    from fastattr.adapters import captured_reading
+    from fastattr.adapters import captured_reading, explaining
 
     config = AttributionConfig(
         method=method,
@@ -337,12 +344,13 @@ def attribute_captured(
     visuals, said = _captured_prompt(image, prompt)
     if evidence and not visuals:
         raise InputError("evidence=True blanks the images, so pass the same as image= that generate was given")
-    reading, source = captured_reading(states, out, visuals=visuals, prompt=said)
-    maps = explain_states([reading], states.model.head, config)
-    seen = None
-    if evidence:
-        blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
-        seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
+    with explaining(states.model):
+        reading, source = captured_reading(states, out, visuals=visuals, prompt=said)
+        maps = explain_states([reading], states.head, config)
+        seen = None
+        if evidence:
+            blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
+            seen = maps.log_prob - log_probs(blanked, states.head).cpu()
     notes = notes_of(maps, reading.layout, config, visuals, takes_videos=states.model.takes_videos)
     if not visuals and not states.model.family.resized:
         notes += (

@@ -110,6 +110,9 @@ def stream(
         InputError: the configuration asks for what needs the whole response.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
+    from fastattr import adapters
+
+    adapters.check_model(model)
     chosen = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
     if chosen.regions or chosen.compat is not None:
         raise InputError(
@@ -117,7 +120,8 @@ def stream(
         )
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
+    with torch.inference_mode(False), torch.no_grad():
+        return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
 
 
 class Stream:
@@ -180,6 +184,8 @@ class Stream:
         self._ids.append(token_id)
         return self._explain(token_id)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def attribution(self) -> Attribution:
         """Everything so far as one attribution.
 
@@ -226,6 +232,7 @@ class Stream:
 
     # --- one token --------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _explain(self, token_id: int) -> Step:
         model, config, index = self._model, self._config, len(self._ids) - 1

@@ -20,7 +20,7 @@ from fastattr.adapters.families import (
     registered_family,
     registered_types,
 )
-from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
+from fastattr.adapters.model import Model, check_model, explaining, hide_loading_bars, load, wrap
 from fastattr.adapters.states import generate, log_probs_of_images, replay, replay_batch
 
 __all__ = [
@@ -39,9 +39,11 @@ __all__ = [
     "StateBuffer",
     "capture",
     "captured_reading",
+    "check_model",
     "encode",
     "encode_response",
     "encode_scales",
+    "explaining",
     "generate",
     "hide_loading_bars",
     "load",

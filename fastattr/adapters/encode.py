@@ -264,7 +264,8 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     if frames or not films:
         chosen["images"] = frames
     try:
-        produced = model.processor(text=[text], return_tensors="pt", **chosen)
+        with torch.device("cpu"):  # whatever the default device: "meta" would lose what is read
+            produced = model.processor(text=[text], return_tensors="pt", **chosen)
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
         sizes = [f"{frame.width} x {frame.height}" for picture in pictures for frame in picture.visual.frames]
         raise ImageError(

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample, alike, along, collate, encode, stackable
-from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, through_norm
+from fastattr.adapters.hooks import (
+    decoder_of,
+    interpolated_positions,
+    layer_modules,
+    record_output,
+    through_norm,
+    undisturbed,
+)
 from fastattr.adapters.model import Model
 from fastattr.chat import Prompt
 from fastattr.errors import InputError, StatesError
@@ -29,9 +36,9 @@ def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> T
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     # padding rows of the output embeddings and the placeholder of images are no text
     never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
-    sequence = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=never)[
-        0
-    ]
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": never}
+    with undisturbed(model.states):
+        sequence = model.hf_model.generate(**inputs, **options)[0]
     response = sequence[len(encoded.input_ids) :]
     ends = model.hf_model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -160,6 +167,7 @@ def forward(
     if attention_mask is not None:
         inputs.setdefault("attention_mask", attention_mask)
     with (
+        undisturbed(model.states),
         record_output(decoder_of(hf_model)) as last,
         record_output(module) as chosen,
         interpolated_positions(hf_model, interpolate),
