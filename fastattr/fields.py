@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from fastattr.errors import InputError
 from fastattr.selection import Selection, token_targets
-from fastattr.text import show_ids
+from fastattr.text import TokenText, answer_text, show_ids
 from fastattr.types import Attribution, Box
 
 Value = str | int | float | bool | None
@@ -111,14 +111,15 @@ def read_fields(attribution: Attribution) -> tuple[Field, ...]:
     """The values of a response that is JSON, in the order they are written; a repeated key gives a field each time.
 
     The first fenced block that is JSON counts, else the first `{` or `[` that begins some; what stands before and
-    behind is left out. Of an answer that is cut off, all that was written is there, the last value perhaps incomplete.
+    behind is left out, and so is what a model writes to itself before it answers, see `fastattr.reasoning`. Of an answer that is cut off, all that was written is there, the last value perhaps incomplete.
 
     A field's targets are the tokens that share a character with its span. Tokenizers also make tokens of a value's end
     and the quotes and commas behind it: such a token counts where it holds more of the value than punctuation or white
     space, and then whole, or where no other token holds the value.
 
     Raises:
-        InputError: the response is no JSON, nested more than `MAX_DEPTH` deep, or token ids without their text.
+        InputError: the response is no JSON, nested more than `MAX_DEPTH` deep, token ids without their text, or ends
+            before the model begins to answer.
     """
     text = attribution.response
     if text == show_ids([attribution.token_ids])[0]:
@@ -134,13 +135,13 @@ def read_fields(attribution: Attribution) -> tuple[Field, ...]:
             leaf.complete,
             Selection(attribution, ((leaf.start, leaf.stop),), (targets,)) if targets else None,
         )
-        for leaf, targets in _with_targets(text, attribution.spans, _read_leaves(text))
+        for leaf, targets in _with_targets(text, attribution.spans, _read_answer(attribution))
     )
 
 
-def field_targets(text: str, token_spans: Spans) -> tuple[int, ...]:
+def field_targets(said: TokenText) -> tuple[int, ...]:
     """The tokens that hold the values of a response that is JSON, ascending. Raises `InputError`, see `read_fields`."""
-    found = _with_targets(text, token_spans, _read_leaves(text))
+    found = _with_targets(said.text, said.spans, _read_answer(said))
     return tuple(sorted({target for _, targets in found for target in targets}))
 
 
@@ -223,6 +224,18 @@ class _Reading:
     whole: bool
 
 
+def _read_answer(why: Attribution | TokenText) -> tuple[_Leaf, ...]:
+    """The leaves of the JSON behind any reasoning. Raises `InputError`."""
+    text = answer_text(why)
+    if why.reasoning and not text.strip():
+        start, stop = why.reasoning[-1]
+        raise InputError(
+            "fields are read from the answer, but the response ends with the model's reasoning, at character "
+            f"{stop}, which begins at character {start}; let it say more, with a larger max_new_tokens"
+        )
+    return _read_leaves(text)
+
+
 def _read_leaves(text: str) -> tuple[_Leaf, ...]:
     """The leaves of the JSON a response holds. Raises `InputError`."""
     start = _end(_SPACE, text, 1 if text.startswith("\ufeff") else 0)
@@ -254,7 +267,7 @@ def _read_leaves(text: str) -> tuple[_Leaf, ...]:
             return ()
     raise InputError(
         "fields are read from a response that is JSON or holds some, a {...} or [...], but this one begins with "
-        f"{_shown(text)}{broken}"
+        f"{_shown(text.lstrip())}{broken}"
     )
 
 

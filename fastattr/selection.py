@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattr.errors import InputError, PhraseError
-from fastattr.text import FUNCTION_WORDS
+from fastattr.text import FUNCTION_WORDS, answer_text, said_text
 from fastattr.types import Attribution, Box
+from fastattr.words import phrase_spans, word_spans
 
 T = TypeVar("T")
 
 BOX_LEVEL = 0.5  # of the peak: the region around it that counts as found
 _BOX_SIDE = 512  # pixels; maps are upsampled to at most this for boxes
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")  # it's and T-shirt are one word each
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,9 @@ class Selection:
 
 
 def select_phrase(attribution: Attribution, phrase: str) -> Selection:
-    """Every occurrence of a word or phrase as whole words, any case.
+    """Every occurrence of a word or phrase as whole words in any case, see `words.phrase_spans`, in reasoning too.
+
+    Special tokens are no words. In scripts without spaces a phrase is selected wherever it stands.
 
     Raises:
         InputError: `phrase` is not a non-empty string.
@@ -143,13 +145,23 @@ def select_phrase(attribution: Attribution, phrase: str) -> Selection:
     """
     if not isinstance(phrase, str) or not phrase.strip():
         raise InputError(f"select by a word or phrase of the response, got {phrase!r}")
-    return _select(attribution, phrase_pattern(phrase), f"{phrase!r}", re.IGNORECASE)
+    text = said_text(attribution)
+    spans = phrase_spans(text, phrase)
+    if not spans:
+        raise PhraseError(_no_phrase(text, phrase))
+    return Selection(attribution, spans, token_targets(attribution.spans, spans))
 
 
-def phrase_pattern(phrase: str) -> str:
-    """A regular expression for a phrase as whole words, to be matched in any case."""
-    words = r"\s+".join(re.escape(word) for word in phrase.split())
-    return rf"(?<!\w){words}(?!\w)"
+def _no_phrase(text: str, phrase: str) -> str:
+    found = f"{phrase!r} is not in the response; its words are: {_words_of(text)}"
+    if phrase.casefold() not in text.casefold():
+        return found
+    return f"{found}; it stands within them, and find({re.escape(phrase)!r}) selects parts of words"
+
+
+def _words_of(text: str) -> str:
+    words = list(dict.fromkeys(text[start:stop] for start, stop in word_spans(text)))
+    return ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
 
 
 def select_pattern(attribution: Attribution, pattern: str) -> Selection:
@@ -160,18 +172,26 @@ def select_pattern(attribution: Attribution, pattern: str) -> Selection:
         PhraseError: nothing matches.
     """
     try:
-        re.compile(pattern)
+        compiled = re.compile(pattern)
     except re.error as error:
         raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
-    return _select(attribution, pattern, f"a match of {pattern!r}", 0)
+    spans = tuple(match.span() for match in compiled.finditer(attribution.response) if match.end() > match.start())
+    if not spans:
+        raise PhraseError(
+            f"a match of {pattern!r} is not in the response; its words are: {_words_of(said_text(attribution))}"
+        )
+    return Selection(attribution, spans, token_targets(attribution.spans, spans))
 
 
 def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
     """Every word whose evidence, summed over its tokens, is below the threshold of the calibration, one by one.
 
     Without a calibration the threshold is 0 nats: the picture makes the word less likely, not more. Low evidence is no
-    proof of invention: what the text before already tells is as likely without the picture. English function words are
-    left out, in other languages every word is judged. Where a script has no spaces, a whole clause counts as one word.
+    proof of invention: what the text before already tells is as likely without the picture.
+
+    Words are those of the answer: special tokens are none, and what a model writes to itself before it answers
+    (`attribution.reasoning`) weighs guesses that it may drop again. English function words are left out, in other
+    languages every word is judged. In scripts without spaces all letters in a row count as one word.
 
     Raises:
         InputError: the attribution was made without evidence.
@@ -195,12 +215,13 @@ def count_low_evidence(attribution: Attribution, evidence: Tensor) -> int:
 
 
 def _judge_words(attribution: Attribution, evidence: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Spans `[word 2]` of all words but function words, and bool `[word]`, whether their evidence is low."""
+    """Spans `[word 2]` of all words of the answer but function words, and bool `[word]`, whether their evidence is low."""
     threshold = 0.0 if attribution.calibration is None else attribution.calibration.threshold_nats
+    text = answer_text(attribution)
     found = [
-        match.span()
-        for match in _WORD.finditer(attribution.response)
-        if match.group().lower().replace("’", "'") not in FUNCTION_WORDS
+        (start, stop)
+        for start, stop in word_spans(text)
+        if text[start:stop].lower().replace("’", "'") not in FUNCTION_WORDS
     ]
     spans = np.array(found, np.int64).reshape(-1, 2)
     starts, stops = np.array(attribution.spans, np.int64).reshape(-1, 2).T
@@ -209,17 +230,6 @@ def _judge_words(attribution: Attribution, evidence: Tensor) -> tuple[np.ndarray
     with np.errstate(invalid="ignore"):  # infinities of both signs are no number, and not low
         summed = np.add.reduceat(nats, np.stack([first, behind], axis=1).ravel())[::2] if len(spans) else np.empty(0)
     return spans, np.where(first < behind, summed, 0.0) < threshold
-
-
-def _select(attribution: Attribution, pattern: str, asked: str, flags: int) -> Selection:
-    spans = tuple(
-        match.span() for match in re.finditer(pattern, attribution.response, flags) if match.end() > match.start()
-    )
-    if not spans:
-        words = list(dict.fromkeys(re.findall(r"\w+", attribution.response)))
-        shown = ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
-        raise PhraseError(f"{asked} is not in the response; its words are: {shown}")
-    return Selection(attribution, spans, token_targets(attribution.spans, spans))
 
 
 def token_targets(

@@ -20,8 +20,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastattr.calibration import Calibration
+from fastattr.config import from_saved
 from fastattr.errors import InputError, SaveError
-from fastattr.types import Attribution, AttributionConfig
+from fastattr.types import Attribution
 
 FORMAT = 2
 
@@ -41,6 +42,7 @@ _TEXTS = (
     "versions",
 )
 _SHAPES = ("grids", "extents", "picture_sizes")
+_LATER = ("special", "reasoning")  # files from before there were any do not say
 
 
 def save(attribution: Attribution, path: str | Path) -> Path:
@@ -60,7 +62,7 @@ def save(attribution: Attribution, path: str | Path) -> Path:
         "frames": [len(frames) for frames in attribution.pictures],
         "config": asdict(attribution.config),
         "calibration": None if attribution.calibration is None else asdict(attribution.calibration),
-        **{name: getattr(attribution, name) for name in _TEXTS + _SHAPES},
+        **{name: getattr(attribution, name) for name in _TEXTS + _SHAPES + _LATER},
     }
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     data = to_safetensors(contiguous, metadata={"fastattr": json.dumps(manifest)})
@@ -100,11 +102,12 @@ def load(path: str | Path) -> Attribution:
     values: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
     values |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
     values |= {name: _frozen(manifest[name]) for name in _TEXTS + _SHAPES}
-    calibration = manifest.get("calibration")  # files from before there were any do not say
+    values |= {name: _frozen(manifest.get(name, [])) for name in _LATER}
+    calibration = manifest.get("calibration")  # the same
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
-        config=AttributionConfig(**{name: _frozen(value) for name, value in manifest["config"].items()}),
+        config=from_saved(manifest["config"]),
         calibration=None if calibration is None else Calibration(**calibration),
         **values,
     )

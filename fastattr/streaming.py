@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +11,21 @@ import torch
 from torch import Tensor
 
 from fastattr import ops
-from fastattr.arc import rank
+from fastattr.arc import rank, rank_and_score
 from fastattr.chat import Chat, Messages, Prompt, read_prompt, text_of
+from fastattr.config import AnyConfig, ConfigChanges, configure
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
 from fastattr.method import Block, Shared, explain_block
 from fastattr.msea import base_scale, common_grids, scale_weights
 from fastattr.pipeline import finish, notes_of
-from fastattr.text import decode_tokens
+from fastattr.text import TextPieces
 from fastattr.types import Attribution, AttributionConfig, ScaleStates, TokenMaps
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastattr.adapters import Decoder, Model
 
 
@@ -88,9 +91,11 @@ def stream(
     image: ImageLike | Sequence[ImageLike] | None,
     prompt: str | Messages | Chat,
     tokens: Iterable[int] | None = None,
+    config: AnyConfig = None,
     *,
-    config: AttributionConfig | None = None,
     max_new_tokens: int = 256,
+    generate_options: Mapping[str, Any] | None = None,
+    **changes: Unpack[ConfigChanges],
 ) -> Stream:
     """Explain a response while it is being written.
 
@@ -101,27 +106,47 @@ def stream(
     one token each. The rest is the work of one target: proportional to image tokens and context for its map, and to
     their product for what context is removed from it.
 
+    The model's own answer is that of `attribute`: its `generate` runs in a thread, and only while the next token is
+    waited for. It ends with the stream, when that is closed or forgotten. Beams, a static cache, `max_time` and a
+    `custom_generate` give the whole answer first, which is then explained token by token.
+
     Args:
-        tokens: ids as they are said, by whatever engine; a `TokenStream` takes them from `generate`. None lets the
-            model answer by itself, greedily, at most `max_new_tokens`.
-        config: every choice of the method; the defaults at `model.scales` if not given. Without `regions` and `compat`.
+        tokens: ids as they are said, by whatever engine; a `TokenStream` takes them from `generate`. The end tokens
+            behind the last word are left out. None lets the model answer by itself, at most `max_new_tokens`.
+        config: an `AttributionConfig` or the name of one, as for `attribute`; without `regions` and `compat`, so not `best`.
+        generate_options: as for `attribute`.
+        **changes: options that replace those of `config`, as for `attribute`.
 
     Raises:
-        InputError: the configuration asks for what needs the whole response.
+        InputError: the configuration asks for what needs the whole response, or `generate_options` hold what cannot be
+            chosen, or tokens were given with them.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
     from fastattr import adapters
 
     adapters.check_model(model)
-    chosen = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
-    if chosen.regions or chosen.compat is not None:
-        raise InputError(
-            f"regions={chosen.regions} and compat={chosen.compat!r} need the whole response; stream without, or use attribute"
-        )
+    chosen = configure(config, changes)
+    check_streamable(chosen)
+    chosen = chosen.resolve(model.scales, model.head.vocab)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    if tokens is not None and generate_options is not None:
+        raise InputError(
+            "generate_options are for the model's own answer, but tokens were given; leave one of them out"
+        )
     with torch.inference_mode(False), torch.no_grad():
-        return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
+        return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options)
+
+
+def check_streamable(config: AttributionConfig) -> None:
+    """Raises `InputError` where a configuration needs the whole response."""
+    if config.regions:
+        raise InputError(
+            f"regions={config.regions} needs the whole response; stream with regions=0, or with another method than best, "
+            "or use attribute"
+        )
+    if config.compat is not None:
+        raise InputError(f"compat={config.compat!r} is for attribute_states; stream without it")
 
 
 class Stream:
@@ -135,26 +160,27 @@ class Stream:
         tokens: Iterable[int] | None,
         config: AttributionConfig,
         max_new_tokens: int,
+        generate_options: Mapping[str, Any] | None,
     ) -> None:
-        from fastattr.adapters import Decoder, Rows, encode, encode_scales
+        from fastattr.adapters import Decoder, Rows, encode, encode_scales, end_tokens, generate_steps
 
         self._model, self._visuals, self._prompt, self._config = model, tuple(visuals), prompt, config
         self._backend = ops.resolve(config.backend, model.head.weight.device)
-        self._base = base_scale(config.scales)
-        encoded = encode_scales(model, visuals, prompt, config.scales)
-        self._decoders = [Decoder(model, each, layer=config.layer) for each in encoded]
-        self._own: Decoder | None = None
+        self._scales = scales = config.known_scales
+        self._base = base_scale(scales)
+        encoded = encode_scales(model, visuals, prompt, scales)
         if tokens is None:
-            plain = 1.0 in config.scales
-            self._own = (
-                self._decoders[config.scales.index(1.0)] if plain else Decoder(model, encode(model, visuals, prompt))
-            )
+            plain = encoded[scales.index(1.0)] if 1.0 in scales else encode(model, visuals, prompt)
+            self._tokens = generate_steps(model, plain, max_new_tokens=max_new_tokens, options=generate_options)
+        else:
+            self._tokens = end_tokens(model).cut(int(each) for each in tokens)
+        self._decoders = [Decoder(model, each, layer=config.layer) for each in encoded]
         self._blank: Decoder | None = None
         if config.evidence:
-            scale = config.scales[self._base]
+            scale = scales[self._base]
             self._blank = Decoder(model, encode(model, [visual.blank() for visual in visuals], prompt, scale=scale))
-        self._tokens = iter(self._greedy(max_new_tokens) if tokens is None else tokens)
         self._ids: list[int] = []
+        self._pieces = TextPieces(model.decode)
         self._found: list[Block] = []
         self._evidence: list[float] = []
         self._unfed: int | None = None
@@ -168,7 +194,9 @@ class Stream:
         base_prompt = torch.tensor(encoded[self._base].prompt, dtype=torch.long, device=model.head.weight.device)
         last = self._decoders[self._base]
         states = last.hidden_states if last.last_states is None else last.last_states
-        self._ranked = Rows(self._rankings(states[base_prompt])) if config.method == "arc" else None
+        self._ranked = None
+        if config.method == "arc":
+            self._ranked = Rows(rank(states[base_prompt], head, config.known_top_k, self._backend)[0])
         self._log_prob: Rows | None = None
         self._weights: Rows | None = None
 
@@ -176,13 +204,17 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
-        token_id = int(next(self._tokens))
+        token_id = next(self._tokens)
         check_ids(torch.tensor([token_id], device="cpu"), self._model.head)
         if token_id in self._model.placeholder_ids:
             raise InputError(f"token {len(self._ids)} is the image placeholder (id {token_id}), which is never said")
         self._feed_last()
         self._ids.append(token_id)
         return self._explain(token_id)
+
+    def close(self) -> None:
+        """End the answer here, where the model gives it. What came so far can still be had from `attribution()`."""
+        self._tokens.close()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -228,6 +260,7 @@ class Stream:
             notes=notes_of(
                 maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos
             ),
+            special_ids=self._model.marker_ids,
         )
 
     # --- one token --------------------------------------------------------------------------------------
@@ -236,12 +269,12 @@ class Stream:
     @torch.no_grad()
     def _explain(self, token_id: int) -> Step:
         model, config, index = self._model, self._config, len(self._ids) - 1
-        log_prob = torch.stack([self._said(each.next_state, token_id) for each in self._decoders], dim=1)
+        log_prob, ranking, blank_log_prob = self._predicted(token_id)
         agreement = (log_prob - log_prob[:, [self._base]]).exp()
         self._log_prob = self._grown(self._log_prob, log_prob)
         self._weights = self._grown(self._weights, scale_weights(agreement, config))
-        if self._ranked is not None:
-            self._ranked.add(self._rankings(self._decoders[self._base].next_state))
+        if self._ranked is not None and ranking is not None:
+            self._ranked.add(ranking)
         readings = self._readings()
         n_context = len(readings[0].layout.context)
         for lit, reading in zip(self._lit, readings, strict=True):
@@ -269,14 +302,14 @@ class Stream:
         )
         self._found.append(found)
         evidence = None
-        if self._blank is not None:
-            evidence = float(log_prob[0, self._base] - self._said(self._blank.next_state, token_id)[0])
+        if blank_log_prob is not None:
+            evidence = float(log_prob[0, self._base] - blank_log_prob)
             self._evidence.append(evidence)
         self._unfed = token_id
         return Step(
             index=index,
             token_id=token_id,
-            text=self._text(),
+            text=self._pieces.add(token_id),
             image=tuple(each[0] for each in found.image),
             context=found.context[0],
             relevance=None if found.relevance is None else found.relevance[0],
@@ -289,35 +322,35 @@ class Stream:
         """Read on, once there is a next token to predict: the last one of a response is never fed."""
         if self._unfed is None:
             return
-        own = () if self._own is None or self._own in self._decoders else (self._own,)
-        blank = () if self._blank is None else (self._blank,)
-        for each in (*self._decoders, *own, *blank):
+        for each in self._all_decoders:
             each.feed(self._unfed)
         self._unfed = None
 
-    def _greedy(self, max_new_tokens: int) -> Iterator[int]:
-        ends = self._model.hf_model.generation_config.eos_token_id
-        stops = {ends} if isinstance(ends, int) else set(ends or ())
-        for _ in range(max_new_tokens):
-            self._feed_last()
-            assert self._own is not None
-            head = self._model.head
-            best, _ = ops.lm_head_topk(
-                self._own.next_state,
-                head.weight,
-                len(self._model.placeholder_ids) + 1,
-                head.bias,
-                logit_scale=head.logit_scale,
-                softcap=head.softcap,
-                valid_vocab=head.valid_vocab,
-                backend=self._backend,
-            )
-            token_id = next(each for each in best[0].tolist() if each not in self._model.placeholder_ids)
-            if token_id in stops:
-                return
-            yield token_id
+    def _predicted(self, token_id: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What every reading made of a token, in one pass over the vocabulary.
+
+        Returns:
+            its log-probabilities in nats `[1 scale]`; for ARC what the reading at the base scale ranks highest there, ids
+            `[1 k]`; and where evidence is asked for its log-probability with the images blanked, a scalar.
+        """
+        head, config = self._model.head, self._config
+        states = torch.cat([each.next_state for each in self._all_decoders])
+        ids = torch.full((len(states),), token_id, device=states.device)
+        ranking = None
+        if self._ranked is None:
+            log_prob = log_prob_of(states, head, ids)
+        else:
+            ranked, log_prob = rank_and_score(states, head, ids, config.known_top_k, self._backend)
+            ranking = ranked[[self._base]]
+        n_scales = len(self._decoders)
+        return log_prob[None, :n_scales], ranking, None if self._blank is None else log_prob[n_scales]
 
     # --- what it needs ------------------------------------------------------------------------------------
+
+    @property
+    def _all_decoders(self) -> list[Decoder]:
+        """One for each scale, then that of the blanked images where there is one."""
+        return self._decoders if self._blank is None else [*self._decoders, self._blank]
 
     def _readings(self, *, placeholder: bool = False) -> tuple[ScaleStates, ...]:
         """The readings so far.
@@ -327,7 +360,7 @@ class Stream:
         """
         said = [0] if placeholder else self._ids
         readings = []
-        for decoder, scale in zip(self._decoders, self._config.scales, strict=True):
+        for decoder, scale in zip(self._decoders, self._scales, strict=True):
             prompt = decoder.encoded.input_ids
             ids = torch.cat([prompt, torch.tensor(said, dtype=prompt.dtype, device=prompt.device)])
             stop = len(ids) - 1
@@ -343,13 +376,6 @@ class Stream:
             )
         return tuple(readings)
 
-    def _rankings(self, states: Tensor) -> Tensor:
-        return rank(states, self._model.head, self._config.top_k, self._backend)[0]
-
-    def _said(self, state: Tensor, token_id: int) -> Tensor:
-        """Log-probability of a token, `[1]` in nats."""
-        return log_prob_of(state, self._model.head, torch.tensor([token_id], device=state.device))
-
     def _grown(self, rows: Any, new: Tensor) -> Any:
         from fastattr.adapters import Rows
 
@@ -357,9 +383,3 @@ class Stream:
             return Rows(new)
         rows.add(new)
         return rows
-
-    def _text(self) -> str:
-        """What the last token adds, from the last few: earlier ones do not change it."""
-        recent = self._ids[-16:]
-        before, whole = (decode_tokens(ids, self._model.decode).text if ids else "" for ids in (recent[:-1], recent))
-        return whole[len(before) :] if whole.startswith(before) and "\ufffd" not in whole[len(before) :] else ""

@@ -8,8 +8,9 @@ from typing import Literal
 
 from fastattr.errors import InputError, PhraseError
 from fastattr.fields import field_targets
-from fastattr.selection import phrase_pattern, token_targets
-from fastattr.text import TokenText
+from fastattr.selection import token_targets
+from fastattr.text import Span, TokenText, said_text
+from fastattr.words import phrase_spans
 
 Targets = Literal["fields"] | Sequence[str] | Sequence[int] | re.Pattern[str] | Callable[[str], bool]
 
@@ -28,15 +29,16 @@ def choose_targets(targets: Targets, said: TokenText) -> tuple[int, ...]:
     if isinstance(targets, str):
         if targets != "fields":
             raise InputError(f"targets is {targets!r}, expected 'fields' or a list of words, for example [{targets!r}]")
-        chosen = field_targets(said.text, said.spans)
+        chosen = field_targets(said)
     elif isinstance(targets, re.Pattern):
-        chosen = _matches(targets, said)
+        spans = [match.span() for match in targets.finditer(said.text) if match.end() > match.start()]
+        if not spans:
+            raise PhraseError(f"{targets.pattern!r} is not in the response {_short(said.text)}")
+        chosen = _covered(said, spans)
     elif callable(targets):
         chosen = tuple(i for i, token in enumerate(said.tokens) if targets(token))
     elif isinstance(targets, Sequence) and all(isinstance(each, str) for each in targets) and targets:
-        chosen = tuple(
-            sorted({i for phrase in targets for i in _matches(re.compile(phrase_pattern(str(phrase)), re.I), said)})
-        )
+        chosen = _covered(said, [span for phrase in targets for span in _occurrences(said, str(phrase))])
     elif isinstance(targets, Sequence) and all(type(each) is int for each in targets):
         chosen = tuple(sorted({int(each) for each in targets}))
         wrong = [i for i in chosen if not 0 <= i < len(said.tokens)]
@@ -52,10 +54,17 @@ def choose_targets(targets: Targets, said: TokenText) -> tuple[int, ...]:
     return chosen
 
 
-def _matches(pattern: re.Pattern[str], said: TokenText) -> tuple[int, ...]:
-    spans = [match.span() for match in pattern.finditer(said.text) if match.end() > match.start()]
+def _occurrences(said: TokenText, phrase: str) -> tuple[Span, ...]:
+    text = said_text(said)
+    spans = phrase_spans(text, phrase) if phrase.strip() else ()
     if not spans:
-        raise PhraseError(f"{pattern.pattern!r} is not in the response {_short(said.text)}")
+        inside = bool(phrase.strip()) and phrase.casefold() in text.casefold()
+        hint = f"; it stands there within words, and re.compile({re.escape(phrase)!r}) chooses parts of them"
+        raise PhraseError(f"{phrase!r} is not in the response {_short(said.text)}{hint if inside else ''}")
+    return spans
+
+
+def _covered(said: TokenText, spans: Sequence[Span]) -> tuple[int, ...]:
     return tuple(sorted({i for found in token_targets(said.spans, spans) for i in found}))
 
 

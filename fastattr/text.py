@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fastattr.reasoning import find_reasoning
+
+if TYPE_CHECKING:
+    from fastattr.types import Attribution
 
 # English words that say little a picture could bear out. Numbers, quantities, yes, no and not do, and are not here.
 FUNCTION_WORDS = frozenset(
@@ -26,9 +33,12 @@ FUNCTION_WORDS = frozenset(
 )
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
+Span = tuple[int, int]
 
-_WINDOW = 8  # tokens decoded together, so that spaces and multi-token characters come out as in the text
-_BROKEN = "\ufffd"
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole character
+_BLOCK = 8  # tokens of a run decoded from one place on, with as many before them
+_PROMPT_END = 32  # tokens in which a chat template may open the reasoning
+_SETTLE = 32  # tokens after which a text that comes token by token is decoded from a later place on
 
 
 @dataclass(frozen=True)
@@ -36,42 +46,246 @@ class TokenText:
     """A decoded response.
 
     Attributes:
-        text: the whole of it.
-        tokens: what each token adds; tokens that share one character all carry it.
-        spans: half-open character ranges in `text`.
+        text: what the tokenizer makes of all ids together.
+        tokens: what each token writes; tokens that write parts of one character all carry it.
+        spans: half-open character ranges in `text`, in order. Together they cover it, and two of them have one
+            character in common at most. Empty for a token that writes nothing.
+        special: indices of tokens that mark something rather than say it, such as the end of a turn.
+        reasoning: half-open character ranges of what the model wrote to itself, see `fastattr.reasoning`.
     """
 
     text: str
     tokens: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+    special: tuple[int, ...] = ()
+    reasoning: tuple[Span, ...] = ()
+
+
+def decoder_of(tokenizer: Any) -> Decode:
+    """The texts of rows of ids as a tokenizer or processor writes them: special tokens kept, no spaces cleaned up."""
+    parameters = inspect.signature(tokenizer.batch_decode).parameters.values()
+    any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    named = {p.name for p in parameters}
+    wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    options = {name: value for name, value in wanted.items() if any_name or name in named}
+    return lambda rows: list(tokenizer.batch_decode(rows, **options))
+
+
+def special_ids_of(tokenizer: Any) -> frozenset[int]:
+    """Ids of a tokenizer's tokens that mark something rather than say it."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # made anew at every call
+    special = (int(id) for id, token in added.items() if getattr(token, "special", False))
+    return frozenset((*getattr(tokenizer, "all_special_ids", ()), *special))
 
 
 def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
-    """Split a response into the text of its tokens, without tokenising anything again.
+    """Decode a response as a whole, and find which characters of it each token wrote.
 
-    Each token's text is the difference between two short decodes, which keeps the cost linear and is
-    right for byte-level and sentence-piece tokenizers alike.
+    Decoders are no concatenation: bytes of several tokens are one character, one broken byte spoils the characters of a
+    whole run of byte tokens (`<0xE2>`), and some drop the first space. So each distinct token is decoded once behind an
+    ordinary one, each run of tokens that hold parts of characters as a whole, and what comes out is laid along the text.
+    Where that does not fit, all tokens up to there are decoded again. The cost is linear in the length.
     """
-    starts = [max(0, i - _WINDOW) for i in range(len(ids))]
-    before = decode([list(ids[s:i]) for i, s in enumerate(starts)])
-    upto = decode([list(ids[s : i + 1]) for i, s in enumerate(starts)])
+    ids = list(ids)
+    if not ids:
+        return TokenText("", (), ())
+    (text,) = decode([ids])
+    own = _OwnTexts(ids, decode)
+    spans: list[Span] = []
+    at = i = 0
+    while i < len(ids):
+        stop = own.run_end(i)
+        piece = own.piece(i, stop)
+        end = at + len(piece)
+        if stop == len(ids):
+            end = len(text)
+        elif not text.startswith(piece, at):
+            end = max(at, _common(decode([ids[:stop]])[0], text))
+        spans += _share(own, i, stop, text[at:end], at)
+        at, i = end, stop
+    return TokenText(text, tuple(text[start:stop] for start, stop in spans), tuple(spans))
 
-    text = ""
-    pieces: list[str] = [""] * len(ids)
-    spans: list[tuple[int, int]] = [(0, 0)] * len(ids)
-    open_tokens: list[int] = []  # tokens that so far hold only part of a character
-    for i in range(len(ids)):
-        open_tokens.append(i)
-        if upto[i].endswith(_BROKEN) and i + 1 < len(ids) and len(open_tokens) < _WINDOW:
-            continue
-        first = open_tokens[0]
-        known = before[first] if starts[i] == starts[first] else decode([list(ids[starts[i] : first])])[0]
-        piece = upto[i][len(known) :] if upto[i].startswith(known) else decode([list(ids[first : i + 1])])[0]
-        for token in open_tokens:
-            pieces[token], spans[token] = piece, (len(text), len(text) + len(piece))
-        text += piece
-        open_tokens = []
-    return TokenText(text, tuple(pieces), tuple(spans))
+
+def decode_response(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], decode: Decode, special_ids: Collection[int]
+) -> TokenText:
+    """`decode_tokens` of a response, with what of it is no answer.
+
+    Args:
+        prompt_ids: what stands before it: a chat template may open the reasoning there.
+        special_ids: of tokens that are never words.
+    """
+    said = decode_tokens(response_ids, decode)
+    special = tuple(i for i, id in enumerate(response_ids) if id in special_ids)
+    (ending,) = decode([list(prompt_ids[-_PROMPT_END:])])
+    return replace(said, special=special, reasoning=find_reasoning(said.text, ending))
+
+
+def said_text(why: TokenText | Attribution) -> str:
+    """The response with white space in place of its special tokens, character for character."""
+    return _blank(_text_of(why), [why.spans[i] for i in why.special])
+
+
+def answer_text(why: TokenText | Attribution) -> str:
+    """The same with white space in place of its reasoning too."""
+    return _blank(said_text(why), why.reasoning)
+
+
+def reasoning_tokens(why: TokenText | Attribution) -> tuple[int, ...]:
+    """Indices of the tokens that write reasoning and nothing of the answer."""
+    answer = answer_text(why)
+    within = iter(sorted(why.reasoning))
+    start, stop = next(within, (0, 0))
+    found = []
+    for i, (first, last) in enumerate(why.spans):
+        while stop <= first and stop:
+            start, stop = next(within, (0, 0))
+        if start < last and first < stop and first < last and not answer[first:last].strip():
+            found.append(i)
+    return tuple(found)
+
+
+def _text_of(why: TokenText | Attribution) -> str:
+    return why.text if isinstance(why, TokenText) else why.response
+
+
+def _blank(text: str, spans: Iterable[Span]) -> str:
+    pieces, end = [], 0
+    for start, stop in spans:
+        start = max(start, end)
+        pieces += [text[end:start], "\n" * (stop - start)]
+        end = max(end, stop)
+    return "".join(pieces) + text[end:]
+
+
+class _OwnTexts:
+    """What tokens write by themselves, in the middle of a text."""
+
+    def __init__(self, ids: Sequence[int], decode: Decode) -> None:
+        self.ids, self.decode = ids, decode
+        different = list(dict.fromkeys(ids))
+        alone = dict(zip(different, decode([[id] for id in different]), strict=True))
+        self.ahead = _ordinary(alone, decode)[:1]  # at the start some decoders drop a space
+        self.texts = dict(zip(different, self.behind([], [[id] for id in different]), strict=True))
+        self.partial = {id for id, text in self.texts.items() if _BROKEN in text}
+        self.single = {id for id, text in self.texts.items() if text == _BROKEN or (len(text) == 1 and text.isascii())}
+        if self.partial & self.single:  # a byte token of ASCII is text alone, and broken among broken ones
+            broken = next(id for id in different if id in self.partial & self.single)
+            ascii_ids = [id for id in self.single if id not in self.partial]
+            among = self.behind([broken], [[id] for id in ascii_ids])
+            self.partial |= {id for id, text in zip(ascii_ids, among, strict=True) if text != self.texts[id]}
+
+    def behind(self, before: Sequence[int], rows: Sequence[Sequence[int]]) -> list[str]:
+        """What rows of tokens add to an ordinary token and `before`."""
+        start, *whole = self.decode([[*self.ahead, *before], *([*self.ahead, *before, *row] for row in rows)])
+        return [text[len(start) :] if text.startswith(start) else text for text in whole]
+
+    def run_end(self, start: int) -> int:
+        """Behind the tokens from `start` on that can only be decoded together."""
+        stop = start
+        while stop < len(self.ids) and self.ids[stop] in self.partial:
+            stop += 1
+        return max(stop, start + 1)
+
+    def piece(self, start: int, stop: int) -> str:
+        """The text of such tokens."""
+        if start == 0:
+            return self.decode([self.ids[:stop]])[0]
+        if stop == start + 1:
+            return self.texts[self.ids[start]]
+        return self.behind([], [self.ids[start:stop]])[0]
+
+
+def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Span]:
+    """The spans of the tokens `start` to `stop`, which together wrote `text` at character `at`."""
+    n = stop - start
+    if n == 1:
+        return [(at, at + len(text))]
+    if all(id in own.single for id in own.ids[start:stop]):
+        if len(text) == n:  # broken bytes
+            return [(at + i, at + i + 1) for i in range(n)]
+        if len(text.encode()) == n:  # whole characters
+            places = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
+            return [(at + first, at + last) for first, last in places]
+    spans: list[Span] = []
+    known = length = 0  # characters that are as in the text, and those decoded so far
+    for block in range(start, stop, _BLOCK):
+        first, last = max(start, block - _BLOCK), min(stop, block + _BLOCK)
+        before, *upto = own.behind([], [own.ids[first:i] for i in range(block, last + 1)])
+        for decoded in upto:
+            length += len(decoded) - len(before)
+            before = decoded
+            end = decoded[-2:]  # at most the last character is not complete
+            whole = length - len(end) + _common(end, text[max(0, length - len(end)) : length])
+            begun = whole < length
+            whole = min(max(known, whole), len(text))
+            span = (known, min(whole + begun, len(text)))
+            if span[0] == span[1] and text[:known].endswith(_BROKEN):
+                span = (known - 1, known)
+            spans.append(span)
+            known = whole
+    spans[-1] = (spans[-1][0], len(text))
+    return [(at + first, at + last) for first, last in spans]
+
+
+def _ordinary(alone: Mapping[int, str], decode: Decode) -> list[int]:
+    """Ids of tokens that write some text of their own whatever stands behind them, words first."""
+    found = [id for id, text in alone.items() if text.strip() and _BROKEN not in text]
+    found.sort(key=lambda id: not alone[id].strip().isalnum())
+    broken = next((id for id, text in alone.items() if _BROKEN in text), None)
+    if broken is None:
+        return found
+    joint = decode([[id, broken] for id in found])
+    return [id for id, text in zip(found, joint, strict=True) if text.startswith(alone[id])]
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts have in common before they differ."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+
+
+class TextPieces:
+    """The text of a response that comes token by token.
+
+        pieces = TextPieces(model.decode)
+        for token_id in token_ids:
+            print(pieces.add(token_id), end="")
+        print(pieces.rest)
+
+    What is added up is what the tokenizer makes of all ids together. (Decoders of byte tokens take whole characters back
+    when a broken byte follows them in the same run; what was given out stays.)
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # those that the next one's text may hang on
+        self._given = 0  # characters of their text
+
+    def add(self, token_id: int) -> str:
+        """What can be said once this token is there; empty while a character is not complete."""
+        self._ids.append(token_id)
+        (text,) = self._decode([self._ids])
+        whole = text.rstrip(_BROKEN)
+        piece = whole[self._given :]
+        self._given = max(self._given, len(whole))
+        if len(self._ids) >= _SETTLE:
+            self._settle(text)
+        return piece
+
+    def _settle(self, text: str) -> None:
+        """Keep no more ids than write the last whole character of their text."""
+        held = len(text) - self._given
+        ends = [self._ids[-n:] for n in range(1, _BLOCK + 1)]
+        for ids, end in zip(ends, self._decode(ends), strict=True):
+            if len(end) > held and text.endswith(end) and end[: len(end) - held].strip() and end[0] != _BROKEN:
+                self._ids, self._given = ids, len(end) - held
+                return
+
+    @property
+    def rest(self) -> str:
+        """What is held back: a character that may still be completed."""
+        return self._decode([self._ids])[0][self._given :] if self._ids else ""
 
 
 def show_ids(rows: Sequence[Sequence[int]]) -> list[str]:

@@ -8,6 +8,7 @@ from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
 from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
+from fastattr.adapters.ending import EndTokens, end_tokens
 from fastattr.adapters.exports import ExportedStates, read_sglang, read_vllm
 from fastattr.adapters.families import (
     FAMILIES,
@@ -20,8 +21,9 @@ from fastattr.adapters.families import (
     registered_family,
     registered_types,
 )
+from fastattr.adapters.generating import generate, generate_steps
 from fastattr.adapters.model import Model, check_model, explaining, hide_loading_bars, load, wrap
-from fastattr.adapters.states import generate, log_probs_of_images, replay, replay_batch
+from fastattr.adapters.states import log_probs_of_images, replay, replay_batch
 
 __all__ = [
     "FAMILIES",
@@ -29,6 +31,7 @@ __all__ = [
     "CapturedStates",
     "Decoder",
     "EncodedExample",
+    "EndTokens",
     "ExportedStates",
     "Family",
     "Look",
@@ -43,8 +46,10 @@ __all__ = [
     "encode",
     "encode_response",
     "encode_scales",
+    "end_tokens",
     "explaining",
     "generate",
+    "generate_steps",
     "hide_loading_bars",
     "load",
     "log_probs_of_images",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastattr.adapters.buffer import Pages, StateBuffer
 from fastattr.adapters.encode import encode, group_images
+from fastattr.adapters.ending import end_tokens
 from fastattr.adapters.families import Shown, looks_of, video_looks_of
-from fastattr.adapters.hooks import decoder_of, unwrap_peft
+from fastattr.adapters.hooks import all_positions, decoder_of, is_uncaptured, unwrap_peft
 from fastattr.adapters.live import adapters_of
 from fastattr.adapters.model import Model, check_model
 from fastattr.adapters.states import forward
@@ -44,6 +45,7 @@ class CapturedStates:
         n_cached: tokens that stood in its cache before the first step, of which no states were made.
         fed: ids of every step, `[1 n]` each.
         hidden: states `[n dim]` that were read before, in place of those that hooks would keep; None but for a worker.
+        end_tokens: what ends a response, by the arguments of `generate` and the model's `generation_config`.
     """
 
     def __init__(self, model: Model, buffer: StateBuffer = SHARED_BUFFER) -> None:
@@ -56,6 +58,7 @@ class CapturedStates:
         self._reading = model.live.reading
         self._adapters: frozenset[Any] | None = None
         self._embedded = False
+        self.end_tokens = end_tokens(model)
         self._pages = Pages(buffer)
         self._runs = self._input_bytes = 0
         self._is_full = False
@@ -81,6 +84,7 @@ class CapturedStates:
                 f"generate was given {', '.join(kwargs) or 'nothing'}, expected input_ids: fastattr reads ids"
             )
         self._keep_given(ids, kwargs)
+        self.end_tokens = end_tokens(self.model, kwargs)
 
     def feed(self, ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
         """One forward of the model begins."""
@@ -167,6 +171,20 @@ class CapturedStates:
         fed = torch.cat(self.fed, dim=1)[0]
         complete = len(fed) == self.n_states == len(sequence) - 1 and not self._is_full
         return complete and torch.equal(fed, sequence[:-1])
+
+    def n_spoken(self, sequence: Tensor) -> int:
+        """Length of `sequence [seq]` up to the end tokens of its response.
+
+        Raises:
+            InputError: the response holds nothing else.
+        """
+        start = self.n_prompt
+        n = start + self.end_tokens.length(sequence[start:])
+        if n == start:
+            raise InputError(
+                f"{self.model.name} answered nothing but {len(sequence) - start} end tokens, so there is nothing to explain"
+            )
+        return n
 
     @property
     def head(self) -> OutputHead:
@@ -315,7 +333,9 @@ def captured_reading(
             "the pixels of every image in its prompt, which were read in an earlier turn; pass the whole conversation to "
             "fastattr.attribute (messages with all images, and the response ids), or give generate all pixels again"
         ) from error
+    n = states.n_spoken(sequence)
     hidden, source = states.read(sequence)
+    sequence, hidden = sequence[:n], hidden[: n - 1]
     if prompt is None:
         special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
         positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
@@ -416,7 +436,9 @@ class _Tap:
 
 
 def _capturing(base: Any) -> list[CapturedStates]:
-    """The blocks of this context that capture `base`."""
+    """The blocks of this context that capture `base`, while it runs for its user."""
+    if is_uncaptured():
+        return []
     return [states for captured, states in _open.get() if captured is base]
 
 
@@ -429,13 +451,17 @@ def _tap(base: Any) -> None:
             generate = base.generate
 
             def recording(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+                given = {"generation_config": args[0], **kwargs} if args else kwargs
                 for states in _capturing(base):
-                    states.begin(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
+                    states.begin(kwargs.get("input_ids") if inputs is None else inputs, given)
                 return generate(inputs, *args, **kwargs)
 
             def feed(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
                 for states in _capturing(base):
                     states.feed(kwargs.get("input_ids", args[0] if args else None), kwargs)
+
+            def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+                return (args, all_positions(kwargs)) if _capturing(base) else None
 
             def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 for states in _capturing(base):
@@ -444,6 +470,7 @@ def _tap(base: Any) -> None:
             base.generate = recording
             tap.handles = [
                 base.register_forward_pre_hook(feed, with_kwargs=True),
+                decoder.register_forward_pre_hook(ask, with_kwargs=True),
                 decoder.register_forward_hook(keep),
             ]
         tap.users += 1

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample
 from fastattr.adapters.hooks import (
+    OwnPositions,
     decoder_of,
     interpolated_positions,
     layer_modules,
@@ -45,6 +45,25 @@ class Rows:
         return self._held[: self._n]
 
 
+def cache_name(hf_model: nn.Module) -> str:
+    """What a model's `forward` calls its cache, as an argument and in its output.
+
+    transformers renamed `past_key_values` to `cache` in 5.24; remote code may still use the old name there.
+
+    Raises:
+        UnsupportedModelError: it takes none.
+    """
+    model = unwrap_peft(hf_model)
+    arguments = inspect.signature(type(model).forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in arguments:
+            return name
+    raise UnsupportedModelError(
+        f"{type(model).__name__}.forward has no argument for a cache (cache, or past_key_values before transformers "
+        "5.24), so it cannot be read token by token; use attribute"
+    )
+
+
 class Decoder:
     """The states of one prompt at one scale, and of what is said to it, as it is said.
 
@@ -58,13 +77,13 @@ class Decoder:
         self.encoded = encoded
         self._hf_model = model.hf_model
         self._states = model.states
-        self._inner = getattr(unwrap_peft(model.hf_model), "model", None)
         self._module, self._norm = layer_modules(model.hf_model, layer)
         from transformers import DynamicCache
 
         # made here as `generate` does: some decoders make none by themselves
+        self._cache_name = cache_name(model.hf_model)
         self._cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
-        self._rope_deltas: Any = None
+        self._positions = OwnPositions(model.hf_model)
         inputs = dict(encoded.model_inputs)
         if model.family.masked:  # later steps count on from the cache
             inputs["attention_mask"] = torch.ones_like(encoded.input_ids)[None]
@@ -103,29 +122,14 @@ class Decoder:
             undisturbed(self._states),
             record_output(decoder_of(self._hf_model)) as last,
             record_output(self._module) as chosen,
-            self._own_positions(),
+            self._positions,
         ):
-            out = self._hf_model(
-                input_ids=ids[None], **inputs, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-            )
-        self._cache = out.past_key_values
+            inputs = {**inputs, self._cache_name: self._cache}
+            out = self._hf_model(input_ids=ids[None], **inputs, use_cache=True, logits_to_keep=1)
+        self._cache = getattr(out, self._cache_name, None)
         if self._cache is None:
             raise UnsupportedModelError(
                 f"{type(self._hf_model).__name__} gives no cache back, so it cannot be read token by token; use attribute"
             )
         final = last[-1][0]
         return final, final if self._norm is None else through_norm(self._norm, chosen[-1])[0]
-
-    @contextmanager
-    def _own_positions(self) -> Iterator[None]:
-        """Qwen's models keep on themselves how far positions lie behind tokens; several readings each need their own."""
-        if self._inner is None or not hasattr(self._inner, "rope_deltas"):
-            yield
-            return
-        others = self._inner.rope_deltas
-        self._inner.rope_deltas = self._rope_deltas
-        try:
-            yield
-            self._rope_deltas = self._inner.rope_deltas
-        finally:
-            self._inner.rope_deltas = others

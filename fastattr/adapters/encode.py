@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastattr.adapters.ending import end_tokens
 from fastattr.adapters.families import Family, Look, Looks, Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import unwrap_peft
 from fastattr.adapters.model import Model, accepts
@@ -149,7 +150,9 @@ def _example(
 
 
 def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Tensor:
-    """Response ids `[target]` on the model's device. Text is tokenised without special tokens; ids are kept as they are.
+    """Response ids `[target]` on the model's device, without the end tokens behind the last word.
+
+    Text is tokenised without special tokens; ids are kept as they are.
 
     Raises:
         InputError: the response is empty, or holds ids outside the vocabulary or the image placeholder.
@@ -171,6 +174,18 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise InputError(f"the response ids are {ids.dtype}, expected whole numbers")
         ids = ids.long()
+    check_response(model, ids)
+    ended = ids[: end_tokens(model).length(ids)]
+    if len(ended) == 0:
+        raise InputError(
+            f"the response holds the end tokens {ids[:5].tolist()} alone, so there is nothing to explain; pass None to let "
+            "the model generate one"
+        )
+    return ended.to(model.device)
+
+
+def check_response(model: Model, ids: Tensor) -> None:
+    """Raise `InputError` where ids `[target]` of a response lie outside the vocabulary or are an image placeholder."""
     vocab = model.head.vocab
     wrong = ids[(ids < 0) | (ids >= vocab)]
     if len(wrong):
@@ -183,7 +198,6 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
             f"the response holds the image placeholder (id {held[0]}), which stands for an image and is "
             "never said; expected text tokens only"
         )
-    return ids.to(model.device)
 
 
 def alike(examples: Sequence[EncodedExample]) -> bool:

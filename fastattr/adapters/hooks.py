@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from threading import get_ident
 from typing import Any, cast
@@ -137,22 +138,37 @@ def through_norm(norm: nn.Module, states: Tensor) -> Tensor:
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone.
 
-    Compiled modules run as they are written meanwhile.
+    A decoder computes all positions meanwhile (see `all_positions`), compiled modules run uncompiled, and captures do not
+    see the forwards.
     """
     seen: list[Tensor] = []
     here = get_ident()
+
+    def ask(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        return (args, all_positions(kwargs)) if get_ident() == here else None
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if get_ident() == here:  # a server may generate beside it
             states = output if isinstance(output, Tensor) else output[0]
             seen.append(states.detach())
 
-    handle = module.register_forward_hook(keep)
+    handles = [module.register_forward_pre_hook(ask, with_kwargs=True), module.register_forward_hook(keep)]
     try:
-        with _nothing_compiled():
+        with _nothing_compiled(), uncaptured():
             yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def all_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a decoder, without `logits_to_keep`.
+
+    Some models pass it on to their decoder, which then leaves out the other positions where later layers reuse the keys
+    and values of earlier ones (Gemma 4). Logits are still made for the kept positions alone: the model slices what the
+    decoder returns.
+    """
+    return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 
 
 _PATCHED = ("generate", "forward")  # what captures and accelerate put on an instance, perhaps in another thread
@@ -233,6 +249,50 @@ def interpolated_positions(hf_model: nn.Module, needed: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+# --- what others keep of the model's runs -----------------------------------------------------------------------
+
+_uncaptured: ContextVar[bool] = ContextVar("fastattr_uncaptured", default=False)
+
+
+@contextmanager
+def uncaptured() -> Iterator[None]:
+    """Runs of fastattr's own, which are not those a `capture` block waits for."""
+    token = _uncaptured.set(True)
+    try:
+        yield
+    finally:
+        _uncaptured.reset(token)
+
+
+def is_uncaptured() -> bool:
+    return _uncaptured.get()
+
+
+class OwnPositions:
+    """Positions of one sequence, which Qwen's models and their kin keep on themselves between forwards.
+
+    They hold how far positions lie behind tokens (`rope_deltas`) for the sequence they read last. Within the block that
+    is this sequence; behind it, the one before. May be entered again, for the next forward.
+    """
+
+    def __init__(self, hf_model: nn.Module) -> None:
+        self._modules = [each for each in unwrap_peft(hf_model).modules() if "rope_deltas" in vars(each)]
+        self._own: list[Any] = [None for _ in self._modules]
+        self._others: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._others = self._exchange(self._own)
+
+    def __exit__(self, *_error: object) -> None:
+        self._own = self._exchange(self._others)
+
+    def _exchange(self, values: list[Any]) -> list[Any]:
+        held = [each.rope_deltas for each in self._modules]
+        for module, value in zip(self._modules, values, strict=True):
+            module.rope_deltas = value
+        return held
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------

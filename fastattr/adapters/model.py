@@ -20,7 +20,8 @@ from fastattr.adapters.live import Live
 from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
 from fastattr.storage import read_calibration
-from fastattr.types import AttributionConfig, OutputHead
+from fastattr.text import decoder_of, special_ids_of
+from fastattr.types import DEFAULT_SCALES, OutputHead
 
 logger = logging.getLogger("fastattr")
 
@@ -93,11 +94,14 @@ class Model:
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:
         """Ids and texts of tokens that mark something rather than say it, placeholders among them."""
-        tokenizer = self.processor.tokenizer
-        ids = {*getattr(tokenizer, "all_special_ids", ()), *self.placeholder_ids}
-        added = getattr(tokenizer, "added_tokens_decoder", {})  # made anew at every call
-        wanted = sorted(ids | {id for id, token in added.items() if getattr(token, "special", False)})
+        wanted = sorted({*special_ids_of(self.processor.tokenizer), *self.placeholder_ids})
         return dict(zip(wanted, self.decode([[id] for id in wanted]), strict=True))
+
+    @cached_property
+    def marker_ids(self) -> frozenset[int]:
+        """Ids of tokens of a response that are never words: special ones, and those that end it."""
+        ends = getattr(getattr(self.hf_model, "generation_config", None), "eos_token_id", None)
+        return frozenset((*self.special_tokens, *([ends] if isinstance(ends, int) else ends or ())))
 
     @property
     def takes_videos(self) -> bool:
@@ -109,13 +113,11 @@ class Model:
     def scales(self) -> tuple[float, ...]:
         """What pictures are shown at where nobody says: one scale where tiles show them finer already, or nothing else can."""
         several = self.family.enlarge is not None and not self.family.tiles
-        return AttributionConfig().scales if several else (1.0,)
+        return DEFAULT_SCALES if several else (1.0,)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of ids, special tokens kept."""
-        wanted = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        options = {name: value for name, value in wanted.items() if accepts(self.processor.batch_decode, name)}
-        return list(self.processor.batch_decode(rows, **options))
+        return decoder_of(self.processor)(rows)
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.family.name}, {self.head.weight.shape[0]} ids)"

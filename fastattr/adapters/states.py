@@ -1,4 +1,4 @@
-"""Hidden states from one teacher-forced forward, and the `generate` that comes before it."""
+"""Hidden states from one teacher-forced forward."""
 
 from __future__ import annotations
 
@@ -23,32 +23,6 @@ from fastattr.errors import InputError, StatesError
 from fastattr.images import Visual
 from fastattr.maps import log_probs_of_all
 from fastattr.types import ScaleStates
-
-
-@torch.no_grad()
-def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> Tensor:
-    """Greedy response ids `[target]`, without the end token.
-
-    Raises:
-        InputError: the model ends at once, so there is nothing to explain.
-    """
-    inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    # padding rows of the output embeddings and the placeholder of images are no text
-    never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": never}
-    with undisturbed(model.states):
-        sequence = model.hf_model.generate(**inputs, **options)[0]
-    response = sequence[len(encoded.input_ids) :]
-    ends = model.hf_model.generation_config.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    while len(response) and int(response[-1]) in ends:
-        response = response[:-1]
-    if len(response) == 0:
-        raise InputError(
-            f"{model.name} answers nothing to this prompt, so there is nothing to explain; pass a response"
-        )
-    return response
 
 
 def replay(model: Model, encoded: EncodedExample, response_ids: Tensor, *, layer: int = -1) -> ScaleStates:

@@ -21,10 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from fastattr.calibration import Calibration
+from fastattr.config import from_saved
 from fastattr.descriptors import describe_levels
 from fastattr.errors import InputError, SaveError
 from fastattr.log.schema import CONTEXT, SCHEMA, TOKEN, TOP_CONTEXT
 from fastattr.selection import BOX_LEVEL, count_low_evidence
+from fastattr.text import Span, reasoning_tokens
 from fastattr.types import Attribution, AttributionConfig
 
 Content = Literal["none", "ids", "text"]
@@ -194,6 +196,7 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
         "text": [_utf8(token) for token in why.tokens] if text else None,
         "start": spans[:, 0] if text else None,
         "stop": spans[:, 1] if text else None,
+        "part": _parts(why),
         "repeat": _repeats(why.token_ids),
         "log_prob": log_prob,
         "evidence": evidence,
@@ -279,7 +282,7 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
         raise ValueError(f"it says {values['n_tokens']} tokens and holds {n}")
     ids, names, spans, response = _words(tokens, values["response"])
     prompt_names = batch.column("context_text")[row].as_py() or (_MASKED,) * n_prompt
-    config = _config(values["settings"])
+    config = from_saved(json.loads(values["settings"]))
     context, relevance = _context(tokens["context"], n, n_prompt + n, config)
     pictures = tuple(_decode(png) for png in values["images"] or ())
     evidence = tokens["evidence"]
@@ -311,6 +314,8 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
         notes=(*values["notes"], *_of_first_frames(pictures, values["grids"])),
         versions=tuple(json.loads(values["versions"]).items()),
         calibration=None if calibration is None else Calibration(**json.loads(calibration)),
+        special=_places(tokens["part"], "special"),
+        reasoning=_stretches(_places(tokens["part"], "reasoning"), spans),
     )
     stored = {f.name: values[f.name] for f in fields(Envelope)}
     stored["time"] = values["time"].astimezone(timezone.utc)
@@ -452,6 +457,29 @@ def _column(values: Any, kind: pa.DataType, length: int) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
+def _parts(why: Attribution) -> list[str | None]:
+    parts: list[str | None] = [None] * len(why)
+    for name, places in (("reasoning", reasoning_tokens(why)), ("special", why.special)):
+        for place in places:
+            parts[place] = name
+    return parts
+
+
+def _places(parts: pa.Array, name: str) -> tuple[int, ...]:
+    return tuple(place for place, part in enumerate(parts.to_pylist()) if part == name)
+
+
+def _stretches(places: Sequence[int], spans: Sequence[Span]) -> tuple[Span, ...]:
+    """What tokens cover together, as few ranges of characters."""
+    found: list[Span] = []
+    for start, stop in (spans[place] for place in places):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
 def _repeats(ids: Sequence[int]) -> list[int]:
     seen: Counter[int] = Counter()
     repeats = []
@@ -528,18 +556,6 @@ def _context(kept: pa.Array, n: int, total: int, config: AttributionConfig) -> t
 
     relevance = entries["relevance"]
     return spread(entries["weight"]), None if relevance.null_count else spread(relevance)
-
-
-def _config(settings: str) -> AttributionConfig:
-    stored = json.loads(settings)
-    known = {field.name for field in fields(AttributionConfig)}
-    unknown = sorted(set(stored) - known)
-    if unknown:
-        raise InputError(
-            f"the record's settings hold {', '.join(unknown)}, which this version of fastattr does not know; "
-            "read it with the version that wrote it, or a newer one"
-        )
-    return AttributionConfig(**stored)
 
 
 def _tensor(column: pa.Array) -> Tensor:

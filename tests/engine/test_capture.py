@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastattr
 from fastattr import adapters
+from fastattr.adapters.decoding import cache_name
 from fastattr.adapters.hooks import decoder_of
 from fastattr.images import read_visuals
 from tests.engine import family_models as tiny
@@ -128,11 +129,12 @@ def test_a_decoding_loop_of_the_users_own() -> None:
     model = fastattr.wrap(held.hf_model, held.processor)
     inputs = prepared(model)
     sequence = inputs["input_ids"]
+    name = cache_name(held.hf_model)
     with fastattr.capture(model) as states, torch.no_grad():
         output = held.hf_model(**inputs, use_cache=True)
         for _ in range(4):
             sequence = torch.cat([sequence, output.logits[:, -1:, : model.head.vocab].argmax(-1)], dim=1)
-            output = held.hf_model(sequence[:, -1:], past_key_values=output.past_key_values, use_cache=True)
+            output = held.hf_model(sequence[:, -1:], **{name: getattr(output, name)}, use_cache=True)
         sequence = torch.cat([sequence, output.logits[:, -1:, : model.head.vocab].argmax(-1)], dim=1)
     why = states.attribute(sequence, image=picture(), prompt=PROMPT)
     assert why.source == "capture"

@@ -13,6 +13,7 @@ from torch import nn
 import fastattr
 from fastattr import adapters
 from fastattr.adapters import Decoder
+from fastattr.adapters.decoding import cache_name
 from fastattr.demo.scenes import make_scene
 from fastattr.images import read_visuals
 from fastattr.types import AttributionConfig
@@ -69,6 +70,25 @@ def test_a_decoder_reads_what_a_replay_reads(tiny: fastattr.Model) -> None:
         whole = adapters.replay(tiny, example, torch.tensor(ids)).hidden_states
         torch.testing.assert_close(decoder.hidden_states, whole, rtol=1e-4, atol=1e-5)
         assert torch.equal(decoder.next_state, decoder.hidden_states[-1:])
+
+
+class OldName(nn.Module):
+    def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> None: ...
+
+
+class NewName(nn.Module):
+    def forward(self, input_ids: Any, cache: Any = None, use_cache: bool = True) -> None: ...
+
+
+class NoCache(nn.Module):
+    def forward(self, input_ids: Any) -> None: ...
+
+
+def test_the_cache_is_called_what_the_model_calls_it() -> None:
+    """Old remote code runs beside models of a transformers that has renamed it."""
+    assert (cache_name(OldName()), cache_name(NewName())) == ("past_key_values", "cache")
+    with pytest.raises(fastattr.UnsupportedModelError, match=r"NoCache.forward has no argument for a cache"):
+        cache_name(NoCache())
 
 
 def test_an_earlier_layer_comes_with_the_last(shapes: fastattr.Model) -> None:

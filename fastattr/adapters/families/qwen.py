@@ -29,8 +29,12 @@ def looks_from(shown: Shown, name: str) -> list[Looks]:
 
 
 def no_limit(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    """Pictures come at the size of their grid, so the processor shall not change it: some count every frame's pixels."""
-    return {"size": UNLIMITED}
+    """Pictures come at the size of their grid, so the processor shall leave it alone.
+
+    `size` alone would not do: `min_pixels` and `max_pixels` given to `AutoProcessor.from_pretrained` come before it, and
+    some video halves have a limit for each frame besides.
+    """
+    return {"size": UNLIMITED, "do_resize": False}
 
 
 def qwen(name: str, *, films: bool = True, masked: bool = False) -> Family:

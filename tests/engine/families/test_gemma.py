@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from fastattr import adapters
 from fastattr.adapters.families import Shown
 from tests.engine.families.other_ways import prove_other_ways
 from tests.engine.families.proof import Row, prove, read, wrap
-from tests.engine.families.tiny_gemma import gemma3_scanned, gemma3n, gemma4, paligemma, paligemma2, shieldgemma2
+from tests.engine.families.tiny_gemma import (
+    gemma3_scanned,
+    gemma3n,
+    gemma4,
+    gemma4_shared,
+    paligemma,
+    paligemma2,
+    shieldgemma2,
+)
 from tests.engine.families.tiny_llava import captured
 from tests.engine.family_models import ANSWER, PROMPT, Tiny, gemma3, picture
 
@@ -32,6 +41,7 @@ ROWS = [
         stood_in="the vision tower by one convolution (it needs timm); sound is left out",
     ),
     Row("gemma4", gemma4, [(7, 9)], (1, 7, 9), scales=(1.0,)),
+    Row("gemma4", gemma4_shared, [(7, 9)], (1, 7, 9), scales=(1.0,)),
     Row("paligemma", paligemma, [(4, 4)], (1, 4, 4), scales=(1.0,)),
     Row("paligemma", paligemma2, [(4, 4)], (1, 4, 4), scales=(1.0,)),
 ]
@@ -122,6 +132,56 @@ def test_a_family_with_a_fixed_number_of_tokens_says_so() -> None:
     model = wrap(ROWS[0])
     with pytest.raises(fastattr.ScaleError, match=r"always uses 16 tokens a tile, so scale 1.5 .* use scales=\(1.0,\)"):
         fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=(1.0, 1.5))
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_layers_that_share_keys_and_values_compute_every_position_and_logits_stay_few(layer: int) -> None:
+    """transformers computes the kept positions of such layers alone, which must not be so where states are read."""
+    model = wrap(row_of(gemma4_shared))
+    encoded, response = read(model)
+    head_rows: list[int] = []
+    handle = model.hf_model.lm_head.register_forward_pre_hook(lambda _, args: head_rows.append(args[0].shape[1]))
+    try:
+        states = adapters.replay(model, encoded, response, layer=layer).hidden_states
+        captured(model, [picture()])
+        adapters.Decoder(model, encoded, layer=layer)
+    finally:
+        handle.remove()
+    assert set(head_rows) == {1}
+    fed = torch.cat([encoded.input_ids, response])[None, :-1]
+    with torch.no_grad():
+        out = model.hf_model(input_ids=fed, **padded(encoded, fed.shape[1]), output_hidden_states=True)
+    assert model.hf_model.config.text_config.num_kv_shared_layers == 2
+    expected = out.hidden_states[layer][0]
+    norm = model.hf_model.model.language_model.norm
+    torch.testing.assert_close(states, expected if layer == -1 else norm(expected), rtol=1e-4, atol=1e-4)
+
+
+def padded(encoded: adapters.EncodedExample, n_tokens: int) -> dict[str, torch.Tensor]:
+    """Model inputs of a sequence of `n_tokens`, whose last ones are text."""
+    inputs = dict(encoded.model_inputs)
+    n_more = n_tokens - len(encoded.input_ids)
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n_more))
+    return inputs
+
+
+def test_generate_beside_a_capture_computes_what_it_always_does() -> None:
+    """Only forwards of the capturing context are asked for every position."""
+    model = wrap(row_of(gemma4_shared))
+    encoded, _ = read(model)
+    inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}
+    lengths: list[int] = []
+    decoder = model.hf_model.model.language_model
+    handle = decoder.register_forward_hook(lambda _module, _args, out: lengths.append(out[0].shape[1]))
+    n_prompt = len(encoded.input_ids)
+    try:
+        with fastattr.capture(model), ThreadPoolExecutor(1) as other:
+            other.submit(model.hf_model.generate, **inputs, do_sample=False, max_new_tokens=1).result()
+            assert lengths == [1]
+            model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=1)
+            assert lengths == [1, n_prompt]
+    finally:
+        handle.remove()
 
 
 def test_gemma4_keeps_the_form_of_a_picture() -> None:

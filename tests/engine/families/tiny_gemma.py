@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -141,23 +142,56 @@ def gemma3n() -> Tiny:
     return Tiny(hf_model, processor)
 
 
+SHARED = {  # of the published E2B and E4B: the last layers reuse the keys and values of the last ones of their kind
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 4,
+    "use_bidirectional_attention": None,
+}
+EXPERTS = {  # of the published 26B-A4B; the 31B is like it, without experts
+    "hidden_size_per_layer_input": 0,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+    "use_bidirectional_attention": "vision",
+}
+
+
 def gemma4() -> Tiny:
-    """With the halves of its processor joined; sound is left out."""
+    """As the large ones: some tokens of an image see each other in both directions."""
+    return _gemma4(EXPERTS, standardize=True)
+
+
+def gemma4_shared() -> Tiny:
+    """As the small ones."""
+    return _gemma4(SHARED, use_clipped_linears=True)
+
+
+def _gemma4(options: Mapping[str, Any], **vision: bool) -> Tiny:
+    """With the halves of its processor joined; sound is left out. Prompts outgrow the window."""
     tokenizer = _tokenizer()
+    n_layers = options.get("num_hidden_layers", 2)
     text = tiny._llama(
         256,
-        head_dim=8,
-        global_head_dim=8,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=64,
-        vocab_size_per_layer_input=256,
-        hidden_size_per_layer_input=4,
-        use_bidirectional_attention="vision",
-        final_logit_softcapping=5.0,
+        **{
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * (n_layers // 2),
+            "sliding_window": 24,
+            "final_logit_softcapping": 5.0,
+            "tie_word_embeddings": True,
+            **options,
+        },
     )
     text.pop("model_type")
+    tower = {"patch_size": PATCH, "pooling_kernel_size": 3, "head_dim": 16, "num_key_value_heads": 2, **vision}
     config = transformers.Gemma4Config(
-        vision_config=tiny._tower(patch_size=PATCH, pooling_kernel_size=3, head_dim=16, num_key_value_heads=2),
+        vision_config=tiny._tower(**tower),
         text_config={**text, "pad_token_id": 1},
         audio_config=None,
         **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("boi", "eoi", "boa")},

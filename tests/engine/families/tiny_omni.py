@@ -39,7 +39,7 @@ class OmniVideoHalf(VideoHalf):
     """As Omni processors call it."""
 
     def __call__(self, videos: Any, **options: Any) -> dict[str, Any]:
-        known = ("do_sample_frames", "size", "return_metadata", "return_tensors")
+        known = ("do_sample_frames", "size", "do_resize", "return_metadata", "return_tensors")
         return super().__call__(videos, **{name: options[name] for name in known if name in options})
 
 

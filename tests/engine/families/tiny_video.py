@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as size_of_one
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.processing_utils import VideosKwargs
 from transformers.video_utils import make_batched_metadata
 
 from fastattr.adapters.processors import FilmProcessor
@@ -40,6 +41,11 @@ def patches_by_hand(frames: Sequence[Image.Image], mean: Sequence[float], std: S
     return np.stack(found)
 
 
+class PixelOptions(VideosKwargs, total=False):  # type: ignore[misc, call-arg]
+    min_pixels: int
+    max_pixels: int
+
+
 @dataclass
 class VideoHalf:
     """The video processor of a joint one. Left alone it leaves out every second frame, as the real ones sample.
@@ -55,12 +61,16 @@ class VideoHalf:
     calls: list[dict[str, Any]] = field(default_factory=list)
     merge_size = 2
     temporal_patch_size = 2
+    valid_kwargs = PixelOptions
 
     def __call__(
         self,
         videos: Any,
         do_sample_frames: bool = True,
         size: Any = None,
+        do_resize: bool = True,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         return_metadata: bool = False,
         return_tensors: str | None = None,
     ) -> dict[str, Any]:
@@ -68,12 +78,14 @@ class VideoHalf:
         if do_sample_frames:
             videos = [frames[::2] for frames in videos]
         least, most = (size["shortest_edge"], size["longest_edge"]) if size else LIMITS
+        least, most = min_pixels or least, max_pixels or most  # come before `size`, as in the real ones
         patches, grids = [], []
         for frames in videos:
             width, height = frames[0].size
-            if self.counts_all:
+            high, wide = height, width
+            if do_resize and self.counts_all:
                 high, wide = size_of_all(len(frames), height, width, 2, CELL, least, most)
-            else:
+            elif do_resize:
                 high, wide = size_of_one(height, width, CELL, least, most)
             resized = [frame.resize((wide, high), Image.Resampling.BICUBIC) for frame in frames]
             patches.append(patches_by_hand(resized, self.images.image_mean, self.images.image_std))

@@ -1,0 +1,349 @@
+"""What a model answers: one call of its own `generate`, read as a whole or token by token."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattr.adapters.encode import EncodedExample, check_response
+from fastattr.adapters.ending import EndTokens, end_tokens, setting
+from fastattr.adapters.hooks import OwnPositions, uncaptured, undisturbed
+from fastattr.adapters.model import Model
+from fastattr.errors import FastattrError, InputError
+
+_INPUTS = "it is made from the image and the prompt"
+_LENGTH = "pass max_new_tokens= beside generate_options"
+_CACHE = "every answer begins with an empty one; cache_implementation= chooses its kind"
+SET_HERE = {
+    "inputs": _INPUTS,
+    "input_ids": _INPUTS,
+    "inputs_embeds": _INPUTS,
+    "attention_mask": _INPUTS,
+    "position_ids": _INPUTS,
+    "max_new_tokens": _LENGTH,
+    "max_length": _LENGTH,
+    "cache": _CACHE,
+    "past_key_values": _CACHE,
+    "num_return_sequences": "one answer is explained",
+    "streamer": "iterate over fastattr.stream, or stream your own generate with fastattr.TokenStream",
+}
+# what has an effect in one way of decoding alone
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS = ("length_penalty", "early_stopping")
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateCall:
+    """A call of a model's `generate`.
+
+    Attributes:
+        arguments: all of them, but for a streamer.
+        end: the tokens that end its answer.
+        streams: whether it gives every token to a streamer when it is decided. Beams are decided at the end, a static
+            cache may bring CUDA graphs, which belong to one thread, `max_time` would count the time between tokens, and
+            nothing is known of a `custom_generate`.
+    """
+
+    arguments: Mapping[str, Any]
+    end: EndTokens
+    streams: bool
+
+
+def generate_call(
+    model: Model, encoded: EncodedExample, *, max_new_tokens: int, options: Mapping[str, Any] | None = None
+) -> GenerateCall:
+    """How the model is asked: by its own `generation_config`, greedily unless the options say `do_sample=True`.
+
+    Args:
+        options: further arguments of `generate`; they take precedence over the `generation_config`.
+
+    Raises:
+        InputError: an option is set here and cannot be chosen, or has no effect.
+    """
+    given = _checked(model, encoded, {} if options is None else options, max_new_tokens)
+
+    def chosen(name: str) -> Any:
+        return setting(model, given, name)
+
+    n_prompt = len(encoded.input_ids)
+    # padding rows of the output embeddings and the placeholders of images are no text
+    never = {*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))}
+    arguments = {
+        **encoded.model_inputs,
+        "input_ids": encoded.input_ids[None],
+        "attention_mask": torch.ones_like(encoded.input_ids)[None],
+        **given,
+        "do_sample": bool(given.get("do_sample")),
+        "suppress_tokens": sorted(never.union(chosen("suppress_tokens") or ())),
+    }
+    if given.get("custom_generate") is None:
+        # as a whole length: transformers warns of max_new_tokens where the generation_config holds a max_length
+        arguments |= {"max_length": n_prompt + max_new_tokens, "max_new_tokens": None}
+    else:
+        arguments["max_new_tokens"] = max_new_tokens
+    if (chosen("num_return_sequences") or 1) > 1:
+        arguments["num_return_sequences"] = 1
+    for name, most in (("min_new_tokens", max_new_tokens), ("min_length", n_prompt + max_new_tokens)):
+        if (chosen(name) or 0) > most:  # of the generation_config: the answer is as long as it may be
+            arguments[name] = most
+    if chosen("stop_strings") is not None or "assistant_tokenizer" in given:
+        arguments.setdefault("tokenizer", model.processor.tokenizer)
+    streams = (
+        (chosen("num_beams") or 1) == 1
+        and "static" not in (chosen("cache_implementation") or "")
+        and chosen("max_time") is None
+        and given.get("custom_generate") is None
+    )
+    return GenerateCall(arguments, end_tokens(model, given), streams)
+
+
+def generate(
+    model: Model, encoded: EncodedExample, *, max_new_tokens: int, options: Mapping[str, Any] | None = None
+) -> Tensor:
+    """The model's answer without the end tokens, int `[target]`. Arguments as of `generate_call`.
+
+    Raises:
+        InputError: the model ends at once, so there is nothing to explain; it says an image placeholder; or it refuses
+            an option.
+    """
+    call = generate_call(model, encoded, max_new_tokens=max_new_tokens, options=options)
+    said = list(call.end.cut(_answer(model, encoded, call.arguments)))
+    if not said:
+        raise InputError(
+            f"{model.name} answers nothing to this prompt, so there is nothing to explain; pass a response"
+        )
+    ids = torch.tensor(said, device=model.device)
+    check_response(model, ids)
+    return ids
+
+
+def generate_steps(
+    model: Model, encoded: EncodedExample, *, max_new_tokens: int, options: Mapping[str, Any] | None = None
+) -> Generator[int, None, None]:
+    """The ids of `generate`, one by one when they are decided.
+
+    `generate` runs in a thread of its own, but only while the next id is waited for. It ends with this iterator, also
+    where that is closed or forgotten. What it raises is raised here. Where it decides all tokens at the end (see
+    `GenerateCall`), it runs as a whole when the first id is asked for, without a thread.
+    """
+    call = generate_call(model, encoded, max_new_tokens=max_new_tokens, options=options)
+    if not call.streams:
+        return call.end.cut(_later(lambda: _answer(model, encoded, call.arguments)))
+    turns = _Turns(OwnPositions(model.hf_model))
+    steps = _in_turns(model, encoded, call.arguments, turns)
+    weakref.finalize(steps, turns.stop)  # at exit too, where a thread that stands still would be waited for
+    return call.end.cut(steps)
+
+
+def _checked(model: Model, encoded: EncodedExample, options: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
+    """The options as arguments of `generate`, those of a `generation_config` among them."""
+    from transformers import GenerationConfig
+
+    if not isinstance(options, Mapping):
+        raise InputError(
+            f"generate_options is a {type(options).__name__}, expected a mapping of names and values that generate takes"
+        )
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise InputError(f"generation_config is a {type(config).__name__}, expected transformers.GenerationConfig")
+    given = {**_differing(model, config), **options}
+    given.pop("generation_config", None)  # transformers takes arguments or a configuration, not both
+    for name in given:
+        reason = SET_HERE.get(name) or (_INPUTS if name in encoded.model_inputs else None)
+        if reason is not None:
+            raise InputError(f"generate_options holds {name!r}, which fastattr sets itself: {reason}")
+    if given.get("cache_implementation") == "paged":
+        raise InputError("cache_implementation='paged' batches continuously and reads no images; choose another cache")
+    for names, needed, missing in (
+        (_SAMPLING, "do_sample=True", not given.get("do_sample")),
+        (_BEAMS, "num_beams=2 or more", (setting(model, given, "num_beams") or 1) == 1),
+    ):
+        idle = [name for name in names if missing and given.get(name) is not None]
+        if idle:
+            raise InputError(
+                f"generate_options holds {', '.join(idle)}, which has no effect without {needed}; add that, or leave it out"
+            )
+    least = given.get("min_new_tokens")
+    if least is not None and least > max_new_tokens:
+        raise InputError(
+            f"generate_options holds min_new_tokens={least}, expected at most max_new_tokens={max_new_tokens}"
+        )
+    return given
+
+
+def _differing(model: Model, config: Any) -> dict[str, Any]:
+    """What a `generation_config` sets, other than the model's own."""
+    own = getattr(model.hf_model, "generation_config", None)
+    return {
+        name: value
+        for name, value in ({} if config is None else vars(config)).items()
+        if value is not None
+        and not name.startswith("_")
+        and name != "transformers_version"
+        and value != getattr(own, name, None)
+    }
+
+
+def _later(answer: Callable[[], Iterable[int]]) -> Iterator[int]:
+    yield from answer()
+
+
+@torch.no_grad()
+def _answer(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -> list[int]:
+    """The ids `generate` puts behind the prompt.
+
+    Raises:
+        InputError: it refuses its arguments, or does not return one sequence that begins with the prompt.
+    """
+    with uncaptured(), undisturbed(model.states):
+        return _call(model, encoded, arguments)
+
+
+def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -> list[int]:
+    try:
+        out = model.hf_model.generate(**arguments)
+    except FastattrError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{model.name} cannot generate an answer: {error}") from error
+    sequences = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
+    prompt = encoded.input_ids
+    n = len(prompt)
+    if not isinstance(sequences, Tensor) or sequences.ndim != 2 or len(sequences) != 1:
+        found = list(sequences.shape) if isinstance(sequences, Tensor) else type(out).__name__
+        raise InputError(f"generate of {model.name} returned {found}, expected one sequence [1 seq]; pass a response")
+    if not torch.equal(sequences[0, :n].to(prompt.device), prompt):
+        raise InputError(
+            f"generate of {model.name} returned {sequences.shape[1]} tokens that do not begin with the {n} of the prompt "
+            "(token_healing changes it, for one); pass a response"
+        )
+    said: list[int] = sequences[0, n:].tolist()
+    return said
+
+
+# --- generate in a thread, one token at a time ----------------------------------------------------------------
+
+
+class _Stopped(BaseException):
+    """Nobody waits for the next token any more. Not an Exception, so that what handles errors lets it pass."""
+
+
+class _Turns:
+    """A streamer whose `generate` stands still, in a thread of its own, until the next token is asked for.
+
+    Attributes:
+        positions: what the model keeps of this sequence, taken off it while `generate` stands still.
+    """
+
+    def __init__(self, positions: OwnPositions) -> None:
+        self.positions = positions
+        self._asked = threading.Semaphore(0)
+        self._given: queue.SimpleQueue[tuple[list[int], bool] | BaseException] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._is_stopped = False
+        self._is_prompt = True
+
+    # --- in the thread of `generate` ---
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate`: first the prompt, which is left out, then what it decided (assisted, several ids)."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.positions.__exit__()
+        self._given.put((value.flatten().tolist(), False))
+        self._asked.acquire()
+        self.positions.__enter__()
+        if self._is_stopped:
+            raise _Stopped
+
+    def end(self) -> None:
+        """Called by `generate` at the end, which its return tells as well."""
+
+    def _run(self, answer: Callable[[], list[int]]) -> None:
+        try:
+            self._given.put((answer(), True))
+        except BaseException as error:  # it is raised where the next token is waited for
+            self._given.put(error)
+
+    # --- in the thread that asks for tokens ---
+
+    def start(self, answer: Callable[[], list[int]]) -> None:
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._run, answer), name="fastattr-generate", daemon=True
+        )
+        self._thread.start()
+
+    def take(self) -> tuple[list[int], bool]:
+        """The ids that were decided and False, or the whole answer and True. Raises what `generate` raised."""
+        found = self._given.get()
+        if isinstance(found, BaseException):
+            try:
+                raise found
+            finally:
+                del found  # its traceback holds this frame
+        return found
+
+    def resume(self) -> None:
+        self._asked.release()
+
+    def stop(self) -> None:
+        """End the thread and wait for that."""
+        self._is_stopped = True
+        self._asked.release()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _in_turns(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any], turns: _Turns) -> Iterator[int]:
+    """Ids as `generate` streams them, then those that it returned and did not stream."""
+    surroundings = _surroundings(model)
+
+    @torch.no_grad()
+    def answer() -> list[int]:
+        with ExitStack() as stack:
+            for each in (*surroundings, uncaptured(), turns.positions):
+                stack.enter_context(each)
+            return _call(model, encoded, {**arguments, "streamer": turns})
+
+    streamed: list[int] = []
+    turns.start(answer)
+    try:
+        found, is_whole = turns.take()
+        while not is_whole:
+            streamed += found
+            yield from found
+            turns.resume()
+            found, is_whole = turns.take()
+    finally:
+        turns.stop()
+    if found[: len(streamed)] != streamed:
+        raise InputError(f"generate of {model.name} streamed the ids {streamed} and returned {found}; pass a response")
+    yield from found[len(streamed) :]
+
+
+def _surroundings(model: Model) -> list[AbstractContextManager[Any]]:
+    """What PyTorch keeps for each thread, to be entered in another. The default dtype is the process's."""
+    found: list[AbstractContextManager[Any]] = []
+    if torch.is_inference_mode_enabled():
+        found.append(torch.inference_mode())
+    for kind in sorted({"cpu", model.device.type}):
+        if torch.is_autocast_enabled(kind):
+            cached = torch.is_autocast_cache_enabled()
+            found.append(torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=cached))
+    if torch.get_default_device() != torch.device("cpu"):
+        found.append(torch.get_default_device())
+    if model.device.type == "cuda":
+        devices = {each.device for each in model.hf_model.parameters() if each.is_cuda}
+        found += [torch.cuda.stream(torch.cuda.current_stream(each)) for each in devices]
+        found.append(torch.cuda.device(torch.cuda.current_device()))
+    return found

@@ -1,0 +1,56 @@
+"""Where words begin and end, in any script: the default boundaries of Unicode (UAX 29)."""
+
+from __future__ import annotations
+
+import unicodedata
+from itertools import pairwise
+
+import regex
+
+Span = tuple[int, int]
+
+_BORDER = regex.compile(r"(?w)\b")
+_HOLDS_LETTER = regex.compile(r"[\p{L}\p{N}]")
+_SPACELESS = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Line_Break=Complex_Context}]")  # Thai, Lao, Khmer, ...
+_HYPHENS = ("-", "\u2010", "\u2011")
+_EDGE = r"(?:\b|(?<=['’])|(?=['’]))"  # the dog in dog's is a word
+
+
+def word_spans(text: str) -> tuple[Span, ...]:
+    """Half-open ranges of the words, in order.
+
+    What Unicode's boundaries enclose is a word where it holds a letter or a digit, and words that hyphens join are one.
+    In scripts without spaces (Chinese, Japanese, Thai, ...) those boundaries tell nothing; all letters in a row are one
+    word there.
+
+    >>> [text[start:stop] for text in ("It's a T-shirt, 3.50 €",) for start, stop in word_spans(text)]
+    ["It's", 'a', 'T-shirt', '3.50']
+    """
+    found: list[Span] = []
+    spaceless = False  # the last one's script
+    for start, stop in pairwise(match.start() for match in _BORDER.finditer(text)):
+        if not _HOLDS_LETTER.search(text, start, stop):
+            continue
+        before, spaceless = spaceless, bool(_SPACELESS.match(text, start))
+        between = text[found[-1][1] : start] if found else " "
+        if between in _HYPHENS or (not between and before and spaceless):
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
+def phrase_spans(text: str, phrase: str) -> tuple[Span, ...]:
+    """Half-open ranges where a phrase stands as whole words, in any case, composed or decomposed (NFC, NFD).
+
+    Its ends must be word boundaries of Unicode or apostrophes. In scripts without spaces there is one between any two
+    characters, so a phrase is found wherever it stands; letters are not parted from their vowel signs and accents.
+    """
+    words = r"\s+".join(_written(word) for word in phrase.split())
+    pattern = regex.compile(rf"(?wif){_EDGE}{words}{_EDGE}")
+    return tuple(match.span() for match in pattern.finditer(text))
+
+
+def _written(word: str) -> str:
+    forms = dict.fromkeys([word, *(unicodedata.normalize(form, word) for form in ("NFC", "NFD"))])
+    return f"(?:{'|'.join(regex.escape(form) for form in forms)})"
