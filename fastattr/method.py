@@ -114,11 +114,12 @@ def _explain(
     shared = share_work(readings, head, config, grids, predicted, keep_lit=cut.chunk is None)
 
     disk = Disk() if cut.on_disk else None
-    zeros = partial(torch.zeros, device=device) if disk is None else disk.zeros
+    zeros = partial(torch.zeros, dtype=torch.float32, device=device) if disk is None else disk.zeros
     image = tuple(zeros(n_targets, *grid) for grid in grids)
     context = zeros(n_targets, n_context)
     relevance = zeros(n_targets, n_context) if config.method == "arc" else None
-    raw_range, residual = torch.zeros(n_targets, 2, device=device), torch.zeros(n_targets, device=device)
+    raw_range = torch.zeros(n_targets, 2, dtype=torch.float32, device=device)
+    residual = torch.zeros(n_targets, dtype=torch.float32, device=device)
     for block in target_blocks(range(n_targets) if targets is None else targets, cut.block):
         found = explain_block(shared, block, cut.chunk)
         seen = found.context.shape[1]
@@ -137,7 +138,7 @@ def _explain(
     check_finite(log_prob=shared.log_prob, maps=raw_range)
     degenerate = is_degenerate(raw_range).cpu()
     if targets is not None:  # of the others nothing is known
-        asked = torch.zeros(n_targets, dtype=torch.bool)
+        asked = torch.zeros(n_targets, dtype=torch.bool, device="cpu")
         asked[list(targets)] = True
         degenerate &= asked
     return TokenMaps(
@@ -201,7 +202,7 @@ class Shared:
             return ops.context_mean(lit[:n_context], suspicion, n_before=n_before, backend=self.backend)
         # the mean of means, each weighing as much as its context does
         total = suspicion.sum(dim=1, keepdim=True)
-        mean = torch.zeros(len(suspicion), self.readings[scale].layout.n_image, device=suspicion.device)
+        mean = suspicion.new_zeros(len(suspicion), self.readings[scale].layout.n_image)
         for start in range(0, n_context, chunk):
             part = slice(start, min(n_context, start + chunk))
             lit = image_activations(self.readings[scale], self.head, part)
@@ -368,7 +369,7 @@ def without_interference(
     every = range(len(images))
     if shared.config.method == "lens":
         maps = shared.aggregate(images, block)
-        return maps, extremes(maps), torch.ones(len(maps), device=maps.device)
+        return maps, extremes(maps), maps.new_ones(len(maps))
     if shared.config.aggregate == "before":
         raw = shared.aggregate(images, block)
         mixed = shared.aggregate([mean(s) for s in every], block)

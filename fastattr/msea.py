@@ -57,12 +57,12 @@ def scale_weights(agreement: Tensor, config: AttributionConfig) -> Tensor:
     there: its probability of the target relative to the base scale's, at most 1.
     """
     given = config.scale_weights or tuple(scale**2 for scale in config.known_scales)
-    weights = torch.tensor(given, device=agreement.device).expand_as(agreement)
+    weights = agreement.new_tensor(given).expand_as(agreement)
     if config.decision_weight:
         weights = weights * agreement.clamp(max=1.0)
     total = weights.sum(dim=1, keepdim=True)
     # a target that no weighted scale agrees on falls back to the weights as given
-    plain = torch.tensor(given, device=agreement.device) / sum(given)
+    plain = agreement.new_tensor(given) / sum(given)
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), plain)
 
 

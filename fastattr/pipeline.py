@@ -77,20 +77,20 @@ def attribute(
     Raises:
         ImageError, InputError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError.
     """
-    chosen = _for_model(configure(config, changes), model)
-    row = (image, prompt, response)
-    return _attribute_rows(
-        model,
-        [row],
-        model,
-        [row],
-        chosen,
-        max_new_tokens=max_new_tokens,
-        generate_options=generate_options,
-        targets=targets,
-        memory_limit=memory_limit,
-        prompt_ids=[prompt_ids],
-    )[0]
+    from fastattr import adapters
+
+    with adapters.explaining(model):
+        chosen = _for_model(configure(config, changes), model)
+        return _attribute_rows(
+            model,
+            [(image, prompt, response)],
+            chosen,
+            max_new_tokens=max_new_tokens,
+            generate_options=generate_options,
+            targets=targets,
+            memory_limit=memory_limit,
+            prompt_ids=[prompt_ids],
+        )[0]
 
 
 def attribute_batch(
@@ -127,23 +127,26 @@ def attribute_batch(
         ImageError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError: as `attribute`, for
             the first row that is at fault.
     """
-    chosen = _for_model(configure(config, changes), model)
-    given = list(rows)
-    if not given:
-        raise InputError("got no rows, expected at least one (image, prompt, response)")
-    expected = [None] * len(given) if prompt_ids is None else list(prompt_ids)
-    if len(expected) != len(given):
-        raise InputError(f"got {len(expected)} prompt_ids for {len(given)} rows, expected one each, or None")
-    return _attribute_rows(
-        model,
-        given,
-        chosen,
-        max_new_tokens=max_new_tokens,
-        generate_options=generate_options,
-        targets=targets,
-        memory_limit=None,
-        prompt_ids=expected,
-    )
+    from fastattr import adapters
+
+    with adapters.explaining(model):
+        chosen = _for_model(configure(config, changes), model)
+        given = list(rows)
+        if not given:
+            raise InputError("got no rows, expected at least one (image, prompt, response)")
+        expected = [None] * len(given) if prompt_ids is None else list(prompt_ids)
+        if len(expected) != len(given):
+            raise InputError(f"got {len(expected)} prompt_ids for {len(given)} rows, expected one each, or None")
+        return _attribute_rows(
+            model,
+            given,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            generate_options=generate_options,
+            targets=targets,
+            memory_limit=None,
+            prompt_ids=expected,
+        )
 
 
 def _for_model(config: AttributionConfig, model: Model) -> AttributionConfig:
@@ -334,10 +337,11 @@ def attribute_captured(
 
     Raises:
         InputError: nothing was captured, `out` holds several sequences, `image` is not what `generate` was given, or the
-            configuration asks for more than was captured: other scales, another layer, or `regions`.
+            configuration asks for more than was captured (other scales, another layer, or `regions`), or the model has
+            changed since.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
-    from fastattr.adapters import captured_reading, template_notes
+    from fastattr.adapters import captured_reading, explaining, template_notes
 
     evidence = bool(changes.get("evidence", False))
     chosen = replace(configure(config, changes, default="arc@1"), evidence=evidence)
@@ -353,12 +357,13 @@ def attribute_captured(
     visuals, said = _captured_prompt(image, prompt)
     if evidence and not visuals:
         raise InputError("evidence=True blanks the images, so pass the same as image= that generate was given")
-    reading, source = captured_reading(states, out, visuals=visuals, prompt=said)
-    maps = explain_states([reading], states.model.head, chosen)
-    seen = None
-    if evidence:
-        blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
-        seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
+    with explaining(states.model):
+        reading, source = captured_reading(states, out, visuals=visuals, prompt=said)
+        maps = explain_states([reading], states.head, chosen)
+        seen = None
+        if evidence:
+            blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
+            seen = maps.log_prob - log_probs(blanked, states.head).cpu()
     notes = notes_of(maps, reading.layout, chosen, visuals, takes_videos=states.model.takes_videos)
     notes += () if said is None else template_notes(states.model, said)
     if not visuals and not states.model.family.resized:
@@ -537,7 +542,7 @@ def finish(
 
 
 def _mask(targets: Sequence[int], n: int) -> Tensor:
-    mask = torch.zeros(n, dtype=torch.bool)
+    mask = torch.zeros(n, dtype=torch.bool, device="cpu")
     mask[list(targets)] = True
     return mask
 

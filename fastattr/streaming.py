@@ -124,6 +124,9 @@ def stream(
             chosen, or tokens were given with them.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
+    from fastattr import adapters
+
+    adapters.check_model(model)
     chosen = configure(config, changes)
     check_streamable(chosen)
     chosen = chosen.resolve(model.scales, model.head.vocab)
@@ -133,7 +136,8 @@ def stream(
         raise InputError(
             "generate_options are for the model's own answer, but tokens were given; leave one of them out"
         )
-    return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options, prompt_ids)
+    with torch.inference_mode(False), torch.no_grad():
+        return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options, prompt_ids)
 
 
 def check_streamable(config: AttributionConfig) -> None:
@@ -206,7 +210,7 @@ class Stream:
 
     def __next__(self) -> Step:
         token_id = next(self._tokens)
-        check_ids(torch.tensor([token_id]), self._model.head)
+        check_ids(torch.tensor([token_id], device="cpu"), self._model.head)
         if token_id in self._model.placeholder_ids:
             raise InputError(f"token {len(self._ids)} is the image placeholder (id {token_id}), which is never said")
         self._feed_last()
@@ -217,6 +221,8 @@ class Stream:
         """End the answer here, where the model gives it. What came so far can still be had from `attribution()`."""
         self._tokens.close()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def attribution(self) -> Attribution:
         """Everything so far as one attribution.
 
@@ -252,7 +258,7 @@ class Stream:
             readings,
             self._config,
             decode=self._model.decode,
-            evidence=torch.tensor(self._evidence) if self._config.evidence else None,
+            evidence=torch.tensor(self._evidence, dtype=torch.float32, device="cpu") if self._config.evidence else None,
             visuals=self._visuals,
             prompt=text_of(self._prompt),
             model=self._model.name,
@@ -265,6 +271,7 @@ class Stream:
 
     # --- one token --------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _explain(self, token_id: int) -> Step:
         model, config, index = self._model, self._config, len(self._ids) - 1

@@ -34,7 +34,7 @@ def canvas(views: Sequence[View]) -> tuple[Grid, Box]:
     height = max(max(1, round(v.grid[0] * (bottom - top) / (v.box[3] - v.box[1]))) for v in views)
     width = max(max(1, round(v.grid[1] * (right - left) / (v.box[2] - v.box[0]))) for v in views)
     grid = (1, height, width)
-    seen = torch.zeros(height, width, dtype=torch.bool)
+    seen = torch.zeros(height, width, dtype=torch.bool, device="cpu")
     for view in views:
         rows, columns = _reach(view, grid, extent)
         seen |= (rows.sum(1) > 0)[:, None] & (columns.sum(1) > 0)
@@ -58,7 +58,8 @@ def place(flat: Tensor, group: ImageGroup) -> Tensor:
         rows, columns = (each.to(flat) for each in _reach(view, group.grid, group.extent))
         left, top, right, bottom = view.box
         density = view.grid[0] * view.grid[1] / ((right - left) * (bottom - top))
-        total += density * (rows @ part.unflatten(2, view.grid) @ columns.T)
+        with torch.autocast(flat.device.type, enabled=False):
+            total += density * (rows @ part.unflatten(2, view.grid) @ columns.T)
         weight += density * rows.sum(1)[:, None] * columns.sum(1)
     return total.div_(weight)
 
@@ -77,9 +78,9 @@ def _mixing(cells: int, low: float, high: float, into: int, start: float, stop: 
 
     `[into cells]`; rows sum to 1 where the middle lies between `low` and `high`, else to 0.
     """
-    middles = start + (torch.arange(into, dtype=torch.float64) + 0.5) / into * (stop - start)
+    middles = start + (torch.arange(into, dtype=torch.float64, device="cpu") + 0.5) / into * (stop - start)
     at = (middles - low) / (high - low) * cells - 0.5
     inside = (at > -0.5 - 1e-6) & (at < cells - 0.5 + 1e-6)
     at = at.clamp(0, cells - 1)
-    nearness = (1 - (at[:, None] - torch.arange(cells)).abs()).clamp(min=0)
+    nearness = (1 - (at[:, None] - torch.arange(cells, device="cpu")).abs()).clamp(min=0)
     return (nearness * inside[:, None]).float()

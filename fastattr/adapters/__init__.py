@@ -22,7 +22,7 @@ from fastattr.adapters.families import (
     registered_types,
 )
 from fastattr.adapters.generating import generate, generate_steps
-from fastattr.adapters.model import Model, hide_loading_bars, load, wrap
+from fastattr.adapters.model import Model, check_model, explaining, hide_loading_bars, load, wrap
 from fastattr.adapters.states import log_probs_of_images, replay, replay_batch
 from fastattr.adapters.wording import template_notes
 
@@ -43,11 +43,13 @@ __all__ = [
     "StateBuffer",
     "capture",
     "captured_reading",
+    "check_model",
     "check_prompt",
     "encode",
     "encode_response",
     "encode_scales",
     "end_tokens",
+    "explaining",
     "generate",
     "generate_steps",
     "hide_loading_bars",

@@ -20,14 +20,15 @@ from fastattr.adapters.encode import encode, group_images
 from fastattr.adapters.ending import end_tokens
 from fastattr.adapters.families import Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import all_positions, decoder_of, is_uncaptured, unwrap_peft
-from fastattr.adapters.model import Model
+from fastattr.adapters.live import adapters_of
+from fastattr.adapters.model import Model, check_model
 from fastattr.adapters.states import forward
 from fastattr.adapters.wording import text_positions
 from fastattr.chat import Chat, Messages, Prompt, as_chat
 from fastattr.config import AnyConfig, ConfigChanges
-from fastattr.errors import InputError
+from fastattr.errors import FastattrError, InputError
 from fastattr.images import ImageLike, Visual
-from fastattr.types import Attribution, ScaleStates, TokenLayout
+from fastattr.types import Attribution, ImageGroup, OutputHead, ScaleStates, TokenLayout
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,6 +46,7 @@ class CapturedStates:
         model_inputs: what the model was given besides `input_ids`.
         prompt_ids: `[n]`, what it was given; None until it runs. Of several prompts the first.
         n_prompts: how many it was given at once.
+        n_cached: tokens that stood in its cache before the first step, of which no states were made.
         fed: ids of every step, `[1 n]` each.
         hidden: states `[n dim]` that were read before, in place of those that hooks would keep; None but for a worker.
         end_tokens: what ends a response, by the arguments of `generate` and the model's `generation_config`.
@@ -54,14 +56,18 @@ class CapturedStates:
         self.model = model
         self.model_inputs: dict[str, Tensor] = {}
         self.prompt_ids: Tensor | None = None
-        self.n_prompts = 0
+        self.n_prompts = self.n_cached = 0
         self.fed: list[Tensor] = []
         self.hidden: Tensor | None = None
+        self._reading = model.live.reading
+        self._adapters: frozenset[Any] | None = None
+        self._embedded = False
         self.end_tokens = end_tokens(model)
         self._pages = Pages(buffer)
         self._runs = self._input_bytes = 0
         self._is_full = False
         self._ready: Any = None
+        self._device: torch.device | None = None
         # also where the user forgets them, or an exception takes them away
         self._give_back = weakref.finalize(self, buffer.give_back, self._pages.borrowed)
         self._give_back.atexit = False
@@ -87,7 +93,11 @@ class CapturedStates:
     def feed(self, ids: Tensor | None, kwargs: Mapping[str, Any]) -> None:
         """One forward of the model begins."""
         if ids is None:
+            self._embedded = self._embedded or kwargs.get("inputs_embeds") is not None
             return
+        if not self.fed:
+            self._adapters = adapters_of(unwrap_peft(self.model.hf_model))
+            self.n_cached = _n_cached(kwargs.get("cache", kwargs.get("past_key_values")))  # renamed in transformers 5
         if self.prompt_ids is None:  # a decoding loop of the user's own
             self._keep_given(ids, kwargs)
         mask = kwargs.get("attention_mask")
@@ -99,12 +109,13 @@ class CapturedStates:
         """One forward made these, `[batch n dim]`. Of several rows the first: they will have to be read again anyway."""
         with torch.no_grad():
             self._is_full = not self._pages.keep(states) or self._is_full
+            self._device = states.device
 
     def end(self) -> None:
         """The block is over; on a GPU, remember when the copies will be there."""
-        if self.fed and self.fed[0].is_cuda:
+        if self._device is not None and self._device.type == "cuda":  # perhaps not the current one
             self._ready = torch.cuda.Event()
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(self._device))
 
     def _keep_given(self, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
         self.prompt_ids, self.n_prompts = ids[0].detach(), len(ids)
@@ -147,10 +158,22 @@ class CapturedStates:
         """Ids `[n]` that the model was given.
 
         Raises:
-            InputError: nothing was captured, or it was released.
+            InputError: nothing was captured, it was released, or the model read what has no ids.
         """
         if self.prompt_ids is None or not self.fed:
             raise InputError("nothing was captured: call generate of the captured model inside the with block")
+        if self._embedded:
+            raise InputError(
+                "the model was fed inputs_embeds, as adapters with virtual tokens (prompt tuning, p-tuning) make them, "
+                "expected input_ids: states are read against ids"
+            )
+        first = self.fed[0].shape[1]
+        if self.n_cached and self.n_cached + first > self.n_prompt:
+            raise InputError(
+                f"the model's first step read {first} tokens after {self.n_cached} in its cache, but it was given "
+                f"{self.n_prompt}: the cache holds tokens that are not known (an earlier turn, or virtual tokens of prefix "
+                "tuning); give generate the ids of the whole conversation, or pass it to attribute"
+            )
         return self.prompt_ids
 
     def matches(self, sequence: Tensor) -> bool:
@@ -176,6 +199,24 @@ class CapturedStates:
         return n
 
     @property
+    def head(self) -> OutputHead:
+        """The output head that `generate` ran with."""
+        return self._reading.head
+
+    def check_head(self) -> None:
+        """Refuse states whose output head is gone.
+
+        Raises:
+            InputError: the model has another one now.
+        """
+        base = unwrap_peft(self.model.hf_model)
+        if self._reading is not self.model.live.reading and not self._reading.holds(base, self.model.config):
+            raise InputError(
+                "the model's output head changed after generate ran (its weights, adapter, dtype or device), so the captured "
+                "states do not belong to it; explain an answer before the model is changed"
+            )
+
+    @property
     def n_states(self) -> int:
         """States that were kept."""
         return self._pages.n_rows if self.hidden is None else len(self.hidden)
@@ -190,14 +231,13 @@ class CapturedStates:
             self._ready.synchronize()
         if self.matches(sequence):
             hidden = self._pages.read() if self.hidden is None else self.hidden
-            return hidden.to(sequence.device), "capture"
+            return hidden.to(self.head.weight.device), "capture"
         logger.warning(
             "captured %d states where %d are expected; reading them again in one forward",
             self.n_states,
             len(sequence) - 1,
         )
-        last, _ = forward(self.model, sequence[None, :-1], self.model_inputs, -1, interpolate=False)
-        return last[0], "replay"
+        return self._forward(sequence, self.model_inputs), "replay"
 
     def read_blank(self, sequence: Tensor, visuals: Sequence[Visual]) -> Tensor:
         """`hidden_states [seq - 1, dim]` of the same tokens with the images blanked to middle grey: one forward.
@@ -224,13 +264,37 @@ class CapturedStates:
                 f"blank images of the sizes {[visual.size for visual in visuals]} (height, width) make other inputs than "
                 f"generate was given ({held or 'nothing but ids'}); pass the same images, or evidence=False"
             )
-        last, _ = forward(self.model, sequence[None, :-1], {**self.model_inputs, **changed}, -1, interpolate=False)
-        return last[0]
+        return self._forward(sequence, {**self.model_inputs, **changed})
+
+    def _forward(self, sequence: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """`hidden_states [seq - 1, dim]` of a sequence, on the head's device.
+
+        Raises:
+            InputError: other adapters act than when `generate` ran.
+        """
+        if self._adapters is not None and self._adapters != adapters_of(unwrap_peft(self.model.hf_model)):
+            raise InputError(
+                "other adapters act on the model than when generate ran, or their weights changed, so that reading its "
+                "states again would give another model's; explain the answer before, or set the same adapter again"
+            )
+        # what was made under inference mode may not be written to outside of it
+        given = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
+        last, _ = forward(self.model, sequence[None, :-1], given, -1, interpolate=False)
+        return last[0].to(self.head.weight.device)
 
     def release(self) -> None:
         """Give the memory back; nothing can be read any more."""
         self.hidden, self.fed, self.model_inputs = None, [], {}
         self._give_back()
+
+
+def _n_cached(cache: Any) -> int:
+    """Tokens in a cache that a model is given."""
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    return int(cache[0][0].shape[-2]) if len(cache) else 0  # tuples of keys and values
 
 
 def captured_reading(
@@ -241,8 +305,8 @@ def captured_reading(
     Without `prompt`, every token before the response that is no image and no special token counts as user text.
 
     Raises:
-        InputError: nothing was captured, `out` is not one sequence that begins with the captured prompt, or the
-            images are not as many as were captured.
+        InputError: nothing was captured, `out` is not one sequence that begins with the captured prompt, the
+            images are not as many as were captured or stand in a cache that was made before, or the model has changed.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     model = states.model
@@ -272,9 +336,35 @@ def captured_reading(
             f"out holds {len(sequence)} tokens that do not begin with the {start} tokens the captured model was given; "
             "pass what generate returned, with the prompt in front"
         )
+    states.check_head()
+    try:
+        groups, counts = _captured_groups(states, prefill, visuals)
+    except FastattrError as error:
+        if not states.n_cached:
+            raise
+        held = ", ".join(f"{name} {list(value.shape)}" for name, value in states.model_inputs.items())
+        raise InputError(
+            f"generate was given a cache of {states.n_cached} tokens (past_key_values) and {held or 'nothing but ids'}, but not "
+            "the pixels of every image in its prompt, which were read in an earlier turn; pass the whole conversation to "
+            "fastattr.attribute (messages with all images, and the response ids), or give generate all pixels again"
+        ) from error
     n = states.n_spoken(sequence)
     hidden, source = states.read(sequence)
     sequence, hidden = sequence[:n], hidden[: n - 1]
+    if prompt is None:
+        special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
+        positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
+    else:
+        positions = text_positions(model, as_chat(prompt, len(visuals) or len(counts)), prefill, groups)
+    home = sequence.to(states.head.weight.device)  # with a device map it may be another than the embeddings'
+    return ScaleStates(hidden, home, TokenLayout(groups, positions, (start, len(sequence)))), source
+
+
+def _captured_groups(
+    states: CapturedStates, prefill: Tensor, visuals: Sequence[Visual]
+) -> tuple[tuple[ImageGroup, ...], list[tuple[bool, int]]]:
+    """Image tokens of the prompt, and how each image or video was shown."""
+    model = states.model
     ids = prefill.tolist()
     alike = model.film_token_id == model.image_token_id  # then only the processor tells what frames were shown as
     has_films = model.film_token_id in ids and model.family.watch is not None and (model.takes_videos or not alike)
@@ -302,13 +392,7 @@ def captured_reading(
             raise InputError(
                 f"image holds {given[0]}, but generate was given {given[1].removesuffix(' images')}; pass the same, or none"
             )
-    groups = group_images(prefill, model, counts, images, videos)
-    if prompt is None:
-        special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
-        positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
-    else:
-        positions = text_positions(model, as_chat(prompt, len(visuals) or len(counts)), prefill, groups)
-    return ScaleStates(hidden, sequence, TokenLayout(groups, positions, (start, len(sequence)))), source
+    return group_images(prefill, model, counts, images, videos), counts
 
 
 @contextmanager
@@ -327,7 +411,11 @@ def capture(model: Model, *, buffer: StateBuffer = SHARED_BUFFER) -> Iterator[Ca
     Args:
         buffer: whose pages the states are copied to; one of 256 MiB on the model's device, shared by the process, if
             not given. Where it is full, states are read again in one forward when they are needed.
+
+    Raises:
+        InputError, UnsupportedModelError, StatesError: the model is not wrapped, or cannot be explained as it is now.
     """
+    check_model(model)
     base = unwrap_peft(model.hf_model)
     states = CapturedStates(model, buffer)
     outer = _open.get()

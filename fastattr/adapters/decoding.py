@@ -16,6 +16,7 @@ from fastattr.adapters.hooks import (
     layer_modules,
     record_output,
     through_norm,
+    undisturbed,
     unwrap_peft,
 )
 from fastattr.adapters.model import Model
@@ -70,10 +71,12 @@ class Decoder:
         encoded: the prompt.
     """
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, model: Model, encoded: EncodedExample, *, layer: int = -1) -> None:
         self.encoded = encoded
         self._hf_model = model.hf_model
+        self._states = model.states
         self._module, self._norm = layer_modules(model.hf_model, layer)
         from transformers import DynamicCache
 
@@ -90,6 +93,7 @@ class Decoder:
         self._last = Rows(last)
         self._chosen = self._last if chosen is last else Rows(chosen)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def feed(self, token_id: int) -> None:
         """Read one more token."""
@@ -115,6 +119,7 @@ class Decoder:
 
     def _read(self, ids: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         with (
+            undisturbed(self._states),
             record_output(decoder_of(self._hf_model)) as last,
             record_output(self._module) as chosen,
             self._positions,

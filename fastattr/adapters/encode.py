@@ -78,7 +78,7 @@ def encode_scales(
     """
     chat = as_chat(prompt, len(visuals))
     for text in chat.texts:
-        if bool(torch.isin(_tokenise(model, text), torch.tensor(model.placeholder_ids)).any()):
+        if bool(torch.isin(_tokenise(model, text), torch.tensor(model.placeholder_ids, device="cpu")).any()):
             raise InputError(
                 f"the prompt {text!r} holds the image placeholder, which the chat template writes for every image by "
                 "itself; expected text only"
@@ -303,7 +303,7 @@ def _per_token(name: str) -> bool:
 def _tokenise(model: Model, text: str) -> Tensor:
     """Ids `[n]` of plain text, without special tokens around it."""
     encoded = model.processor.tokenizer(text, add_special_tokens=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.long).flatten()
+    return torch.tensor(encoded["input_ids"], dtype=torch.long, device="cpu").flatten()
 
 
 # --- images at a scale -----------------------------------------------------------------------------
@@ -320,7 +320,8 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     if frames or not films:
         chosen["images"] = [frames] if frames and model.family.nested else frames
     try:
-        produced = model.processor(text=[text], return_tensors="pt", **chosen)
+        with torch.device("cpu"):  # whatever the default device: "meta" would lose what is read
+            produced = model.processor(text=[text], return_tensors="pt", **chosen)
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
         sizes = [f"{frame.width} x {frame.height}" for picture in pictures for frame in picture.visual.frames]
         raise ImageError(
@@ -442,7 +443,7 @@ def _fit_placeholders(inputs: dict[str, Tensor], image_token_id: int, counts: Se
         fitted += ids[done:start] + [image_token_id] * count
         done = start + written
     fitted += ids[done:]
-    inputs["input_ids"] = torch.tensor([fitted])
+    inputs["input_ids"] = torch.tensor([fitted], device="cpu")
 
 
 def group_images(

@@ -144,7 +144,9 @@ def read_sglang(
             "others may be another request's; start it with --disable-radix-cache"
         )
     try:
-        states = torch.cat([torch.atleast_2d(torch.as_tensor(step, dtype=torch.float32)) for step in steps])
+        states = torch.cat(
+            [torch.atleast_2d(torch.as_tensor(step, dtype=torch.float32, device="cpu")) for step in steps]
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise StatesError(
             f"hidden_states of the response are not rows of one width: {error}; expected the prompt's rows, then one a step"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastattr.adapters.encode import EncodedExample, check_response
 from fastattr.adapters.ending import EndTokens, end_tokens, setting
-from fastattr.adapters.hooks import OwnPositions, uncaptured
+from fastattr.adapters.hooks import OwnPositions, uncaptured, undisturbed
 from fastattr.adapters.model import Model
 from fastattr.errors import FastattrError, InputError
 
@@ -121,9 +121,9 @@ def generate(
         raise InputError(
             f"{model.name} answers nothing to this prompt, so there is nothing to explain; pass a response"
         )
-    ids = torch.tensor(said)
+    ids = torch.tensor(said, device=model.device)
     check_response(model, ids)
-    return ids.to(model.device)
+    return ids
 
 
 def generate_steps(
@@ -204,7 +204,7 @@ def _answer(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any])
     Raises:
         InputError: it refuses its arguments, or does not return one sequence that begins with the prompt.
     """
-    with uncaptured(), OwnPositions(model.hf_model):
+    with uncaptured(), undisturbed(model.states):
         return _call(model, encoded, arguments)
 
 

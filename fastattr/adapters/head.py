@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastattr.adapters.hooks import decoder_of, device_of, record_output
+from fastattr.adapters.hooks import decoder_of, device_of, record_output, undisturbed
 from fastattr.errors import UnsupportedModelError
 from fastattr.maps import check_head, class_activations
 from fastattr.types import OutputHead
@@ -18,11 +19,64 @@ PROVEN_IDS = 4096
 COLUMNS_AT_ONCE = 1024  # of a matrix that a module only applies: `vocab x 1024` numbers beside the matrix itself
 
 
-def read_head(hf_model: Any, config: Any, valid_vocab: int | None) -> OutputHead:
+@dataclass(frozen=True, eq=False)
+class HeadReading:
+    """An output head, and how to tell whether the model still has it.
+
+    Attributes:
+        module: the output embeddings it was read from.
+        shape: logit scale and soft-cap of the configuration.
+        answer: what a module that is no plain linear layer gives for one fixed state, `[vocab]`; None for a plain one,
+            whose weight is the head's own memory.
+    """
+
+    head: OutputHead
+    module: weakref.ref[Any]
+    shape: tuple[float, float | None]
+    answer: Tensor | None
+
+    def holds(self, hf_model: Any, config: Any) -> bool:
+        """Whether reading the head again would give the same. Costs one product of the matrix with one state at most."""
+        module = self.module()
+        if module is None or module is not hf_model.get_output_embeddings() or _shape(config) != self.shape:
+            return False
+        if self.answer is not None:
+            answer = _answer(module, self.head.weight.shape[1], hf_model.dtype)
+            same = (answer.shape, answer.dtype, answer.device) == (
+                self.answer.shape,
+                self.answer.dtype,
+                self.answer.device,
+            )
+            return same and torch.equal(answer, self.answer)
+        return (
+            _is_plain(module)
+            and _is_view(self.head.weight, module.weight)
+            and (module.bias is None if self.head.bias is None else _is_view(self.head.bias, module.bias))
+        )
+
+
+def _is_view(held: Tensor, now: Tensor | None) -> bool:
+    """Whether two tensors are the same memory, read the same way."""
+    return now is not None and (held.data_ptr(), held.shape, held.stride(), held.dtype, held.device) == (
+        now.data_ptr(),
+        now.shape,
+        now.stride(),
+        now.dtype,
+        now.device,
+    )
+
+
+def read_head(
+    hf_model: Any, config: Any, valid_vocab: int | None, states: Sequence[dict[str, Any]] = ()
+) -> HeadReading:
     """The head as `softcap * tanh(logit_scale * (h @ weight.T + bias) / softcap)`.
 
     The module's own weight where it is a plain linear layer in memory; otherwise (quantised, LoRA, offloaded) the matrix
     it applies. Either way one tiny text-only forward must give the model's own logits back.
+
+    Args:
+        valid_vocab: ids from here on are no tokens.
+        states: of the model, see `hooks.state_dicts`: the forward leaves nothing there.
 
     Raises:
         UnsupportedModelError: there is no head, its weights are nowhere, or it does something else.
@@ -34,28 +88,43 @@ def read_head(hf_model: Any, config: Any, valid_vocab: int | None) -> OutputHead
             f"{type(hf_model).__name__} has no output embeddings; pass the model that generates "
             "(...ForConditionalGeneration), not its base"
         )
+    if type(getattr(module, "weight", None)).__name__ == "DTensor":
+        raise UnsupportedModelError(
+            f"the output embeddings of {type(hf_model).__name__} are spread over processes (FSDP, tensor parallelism), so "
+            "no process has the whole matrix; load the model without, or explain its states with attribute_states"
+        )
     text_config = config.get_text_config()
+    device = device_of(module)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), undisturbed(states):
+        return _read(module, hf_model, config, int(text_config.hidden_size), valid_vocab)
+
+
+def _read(module: Any, hf_model: Any, config: Any, dim: int, valid_vocab: int | None) -> HeadReading:
+    answer = None
     if _is_plain(module):
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
     else:
-        weight, bias = _applied(module, int(text_config.hidden_size), hf_model.dtype)
+        weight, bias = _applied(module, dim, hf_model.dtype)
+        answer = _answer(module, dim, hf_model.dtype)
     vocab = weight.shape[0]
     plain = OutputHead(
         weight, bias, valid_vocab=valid_vocab if valid_vocab is not None and valid_vocab < vocab else None
     )
     check_head(plain)
-    softcap = getattr(text_config, "final_logit_softcapping", None)
-    scale = _logit_scale(text_config)
+    scale, softcap = shape = _shape(config)
     # some classes ignore the scale or the soft-cap of their configuration
     forms = dict.fromkeys([(scale, softcap), (scale, None), (1.0, softcap), (1.0, None)])
-    return _proven(hf_model, config, [replace(plain, logit_scale=scale, softcap=cap) for scale, cap in forms])
+    head = _proven(hf_model, config, [replace(plain, logit_scale=scale, softcap=cap) for scale, cap in forms])
+    return HeadReading(head, weakref.ref(module), shape, answer)
 
 
-def _logit_scale(text_config: Any) -> float:
-    """What a configuration multiplies logits by."""
+def _shape(config: Any) -> tuple[float, float | None]:
+    """What a configuration multiplies logits by, and its soft-cap."""
+    text_config = config.get_text_config()
     factor = float(getattr(text_config, "logit_scale", None) or 1.0)  # Cohere
     factor *= float(getattr(text_config, "lm_head_multiplier", None) or 1.0)  # Falcon H1
-    return factor / float(getattr(text_config, "logits_scaling", None) or 1.0)  # Granite
+    factor /= float(getattr(text_config, "logits_scaling", None) or 1.0)  # Granite
+    return factor, getattr(text_config, "final_logit_softcapping", None)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -68,12 +137,23 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
+def _dtype_of(module: nn.Module, model_dtype: torch.dtype) -> torch.dtype:
+    """What a module computes in."""
+    held = next(module.parameters(), None)  # bytes, or none at all, where it is quantised
+    return held.dtype if held is not None and held.is_floating_point() else model_dtype
+
+
+def _answer(module: nn.Module, dim: int, model_dtype: torch.dtype) -> Tensor:
+    """What a module gives for one fixed state, `[vocab]`. Any change of its matrix changes it."""
+    state = torch.randn(1, dim, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    device = device_of(module)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        return module(state.to(device, _dtype_of(module, model_dtype)))[0]
+
+
 def _applied(module: nn.Module, dim: int, model_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The matrix `[vocab dim]` and the bias that a module applies: its answers to one-hot states, a few at a time."""
-    held = next(module.parameters(), None)  # bytes, or none at all, where it is quantised
-    dtype = held.dtype if held is not None and held.is_floating_point() else model_dtype
-    nothing = torch.zeros(1, dim, dtype=dtype, device=device_of(module))
+    nothing = torch.zeros(1, dim, dtype=_dtype_of(module, model_dtype), device=device_of(module))
     bias = module(nothing)[0]
     biased = bool(bias.any())
     weight = bias.new_empty(len(bias), dim)
@@ -86,7 +166,6 @@ def _applied(module: nn.Module, dim: int, model_dtype: torch.dtype) -> tuple[Ten
     return weight, bias if biased else None
 
 
-@torch.no_grad()
 def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> OutputHead:
     """The candidate nearest to the model's own logits.
 
@@ -101,7 +180,9 @@ def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> Out
         logits = hf_model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
     states, logits = seen[-1][0, -1:].to(weight.device), logits.to(weight.device)
     # a spread of ids: the whole matrix in float32 would cost gigabytes in a large model
-    sample = torch.linspace(0, len(weight) - 1, min(len(weight), PROVEN_IDS), device=weight.device).long()
+    sample = torch.linspace(
+        0, len(weight) - 1, min(len(weight), PROVEN_IDS), dtype=torch.float64, device=weight.device
+    ).long()
     theirs = logits[sample]
 
     def gaps(head: OutputHead) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
@@ -20,14 +21,33 @@ from fastattr.errors import InputError, UnsupportedModelError
 
 def unwrap_peft(hf_model: nn.Module) -> Any:
     """The model inside wrappers of PEFT (its layers stay adapted) and `torch.compile`, or the model itself."""
+    *_, model = wrappers_of(hf_model)
+    return model
+
+
+def wrappers_of(hf_model: nn.Module) -> Iterator[Any]:
+    """A model and what it wraps, from the outside in; the last is wrapped around nothing."""
     model: Any = hf_model
     while True:
+        yield model
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # a compiled wrapper
             model = inner
         elif callable(get_base_model := getattr(model, "get_base_model", None)):
             model = get_base_model()
         else:
-            return model
+            return
+
+
+def modules_of(hf_model: nn.Module) -> list[nn.Module]:
+    """Every module once, in no particular order; `modules()` takes longer, to put names together."""
+    found: dict[int, nn.Module] = {}
+    left = [hf_model]
+    while left:
+        module = left.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            left += [child for child in module._modules.values() if child is not None]
+    return list(found.values())
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -149,6 +169,61 @@ def all_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
     decoder returns.
     """
     return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
+
+
+_PATCHED = ("generate", "forward")  # what captures and accelerate put on an instance, perhaps in another thread
+_ABSENT = object()
+_TENSORS = {Tensor, nn.Parameter}
+
+
+def state_dicts(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """Where a forward may leave something: attributes and buffers of modules, their configurations.
+
+    Torch's own modules keep nothing in eval mode and are left out.
+    """
+    found: list[dict[str, Any]] = []
+    configs: dict[int, dict[str, Any]] = {}
+    for module in modules:
+        if type(module).__module__.startswith("torch.nn.modules."):
+            continue
+        own = vars(module)
+        found.append(own)
+        if module._buffers:
+            found.append(cast("dict[str, Any]", module._buffers))
+        for name in ("config", "generation_config"):
+            if hasattr(config := own.get(name), "__dict__"):
+                configs[id(config)] = vars(config)
+    return found + list(configs.values())
+
+
+@contextmanager
+def undisturbed(states: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Put back what forwards in the block leave on a model, as Qwen's `rope_deltas`, which a loop of the user's goes on with.
+
+        with undisturbed(model.states):
+            hf_model(...)
+
+    Only attributes that were set or deleted are put back, not tensors that were written into.
+
+    Args:
+        states: of `state_dicts`.
+    """
+    before = [state.copy() for state in states]
+    try:
+        yield
+    finally:
+        for state, old in zip(states, before, strict=True):
+            if len(state) == len(old) and all(map(operator.is_, state.values(), old.values())):
+                continue
+            for name in {**old, **state}:
+                now, then = state.get(name, _ABSENT), old.get(name, _ABSENT)
+                # what is private and no tensor tells what transformers has set up, once and for all
+                if now is then or name in _PATCHED or (name[0] == "_" and not {type(now), type(then)} & _TENSORS):
+                    continue
+                if then is _ABSENT:
+                    state.pop(name, None)
+                else:
+                    state[name] = then
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,15 +15,18 @@ import torch
 from torch import nn
 
 from fastattr.adapters.families import Family, family_of
-from fastattr.adapters.head import read_head
 from fastattr.adapters.hooks import device_of, unwrap_peft
+from fastattr.adapters.live import Live
 from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
 from fastattr.storage import read_calibration
 from fastattr.text import decoder_of, special_ids_of
 from fastattr.types import DEFAULT_SCALES, OutputHead
 
+logger = logging.getLogger("fastattr")
+
 BUNDLED = {"shapes": Path(__file__).parent.parent / "demo" / "shapes"}
+_PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 CALIBRATION_FILE = "calibration.json"  # beside the weights
 
 
@@ -33,7 +38,7 @@ class Model:
         hf_model: the transformers model as it was given; its attention implementation is left alone.
         processor: anything with `apply_chat_template`, `__call__`, `tokenizer` and `batch_decode`.
         config: the model's configuration, inside any PEFT wrapper.
-        head: its output head, proven against its own logits.
+        live: what may change after `wrap`; brought up to date whenever something is explained.
         name: for reports.
         calibration: which evidence is low for this model, found beside its weights; for a wrapped one,
             `dataclasses.replace(model, calibration=...)`.
@@ -43,9 +48,19 @@ class Model:
     processor: Any
     config: Any
     family: Family
-    head: OutputHead
+    live: Live
     name: str
     calibration: Calibration | None = None
+
+    @property
+    def head(self) -> OutputHead:
+        """The output head, proven against the model's own logits when it was last looked at."""
+        return self.live.head
+
+    @property
+    def states(self) -> Sequence[dict[str, Any]]:
+        """Where its modules keep state, for `hooks.undisturbed`."""
+        return self.live.states
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +147,7 @@ def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Mod
 
     Raises:
         UnsupportedModelError: the model has a form fastattr cannot explain, or reads no images.
-        InputError: the processor lacks something.
+        InputError: the processor lacks something, or the model is in training mode.
     """
     missing = [
         part
@@ -142,6 +157,12 @@ def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Mod
     if missing:
         raise InputError(f"the processor {type(processor).__name__} lacks {', '.join(missing)}")
     base = unwrap_peft(hf_model)
+    parallel = {each.__name__ for each in type(base).__mro__} & _PARALLEL
+    if parallel:
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__} spreads a model over devices or processes; pass the model inside, .module, with all of "
+            "its weights"
+        )
     config = getattr(base, "config", None)
     if config is None or not hasattr(base, "get_output_embeddings"):
         raise UnsupportedModelError(
@@ -153,20 +174,46 @@ def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Mod
             f"{type(config).__name__} has no {family.image_token}, the id that stands for an image in {family.name}; say in "
             "image_token= of the family what it is called"
         )
-    if hf_model.training:
-        raise InputError(
-            f"{type(base).__name__} is in training mode, where dropout makes maps random; call .eval() first"
-        )
-    tokenizer = processor.tokenizer
-    valid_vocab = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-    head = read_head(base, config, valid_vocab)
+    live = Live(hf_model, config, processor.tokenizer)
     return Model(
-        hf_model, processor, config, family, head, name or getattr(base, "name_or_path", "") or type(base).__name__
+        hf_model, processor, config, family, live, name or getattr(base, "name_or_path", "") or type(base).__name__
     )
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no `Model`, and what can no longer be explained as it is now; read its head again where it changed.
+
+    Raises:
+        InputError: it is not wrapped, or in training mode.
+        UnsupportedModelError, StatesError: see `Live.look`.
+    """
+    if not isinstance(model, Model):
+        how = f"fastattr.load({model!r})" if isinstance(model, str | Path) else "fastattr.wrap(hf_model, processor)"
+        raise InputError(f"the model is a {type(model).__name__}, expected a fastattr.Model; wrap it first: {how}")
+    model.live.look()
+
+
+@contextmanager
+def explaining(model: Model) -> Iterator[None]:
+    """Around everything that explains: the model is checked, and results are plain tensors whatever mode the caller is in.
+
+    Raises:
+        InputError, UnsupportedModelError, StatesError: see `check_model`.
+    """
+    check_model(model)
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def load(
-    name: str | Path = "shapes", *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+    name: str | Path = "shapes",
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    quantization_config: Any = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Model:
     """Load the bundled model, a local directory or a hub id.
 
@@ -174,30 +221,55 @@ def load(
 
     Args:
         name: `"shapes"`, a directory written by `save_pretrained`, or a hub id.
-        device: where to put it; the CPU by default.
-        dtype: weights' dtype; `"auto"` as saved. The bundled model is read as float32.
+        device: where to put it; by default the current GPU if there is one, else the CPU. The choice is logged.
+        dtype: weights' dtype; `"auto"` as saved, for the bundled model float32.
+        device_map, quantization_config: as in transformers' `from_pretrained`; `device_map` in place of `device`.
+        trust_remote_code: run the Python code that comes with the model, where transformers does not know its kind.
+            Never asked about.
+        revision: a branch, tag or commit of the hub.
 
     Raises:
         UnsupportedModelError: the model has a form fastattr cannot explain, or reads no images.
-        InputError: nothing can be loaded from `name`, or its calibration is broken.
+        InputError: nothing can be loaded from `name`, its code is not trusted, its calibration is broken, or both
+            `device` and `device_map` are given.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from fastattr.adapters.processors import load_processor
 
+    if device is not None and device_map is not None:
+        raise InputError(f"device is {str(device)!r} and device_map is {device_map!r}, expected one of them")
     source = BUNDLED.get(str(name), name)
     bundled = source is not name
     measured = Path(source, CALIBRATION_FILE)
     calibration = read_calibration(measured) if measured.is_file() else None
+    if device is None and device_map is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        logger.info("loading %s onto %s; device= or device_map= choose another", name, device)
+    options: dict[str, Any] = {"dtype": torch.float32 if bundled and dtype == "auto" else dtype}
+    if quantization_config is not None:  # quantised weights cannot be moved afterwards
+        options["quantization_config"] = quantization_config
+        device_map = {"": device} if device_map is None else device_map
+    if device_map is not None:
+        options["device_map"] = device_map
+    # False, not None, at which transformers asks in the terminal
+    asked: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        asked["revision"] = revision
     try:
-        family_of(AutoConfig.from_pretrained(source))
-        hf_model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32 if bundled else dtype)
-        processor = load_processor(source)
-    except (OSError, ValueError) as error:
+        family_of(AutoConfig.from_pretrained(source, **asked))
+        hf_model = AutoModelForImageTextToText.from_pretrained(source, **options, **asked)
+        processor = load_processor(source, **asked)
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise InputError(
+                f"{str(name)!r} comes with Python code of its own, which runs on this machine when it is loaded; read it, and "
+                "if you trust it pass trust_remote_code=True to fastattr.load"
+            ) from error
         raise InputError(
             f"no model can be loaded from {str(name)!r}, expected {', '.join(BUNDLED)}, a directory written by "
             f"save_pretrained, or a hub id: {error}"
         ) from error
     hf_model = hf_model.eval()
-    model = wrap(hf_model.to(device) if device is not None else hf_model, processor, name=str(name))
+    model = wrap(hf_model if device_map is not None else hf_model.to(device), processor, name=str(name))
     return replace(model, calibration=calibration)

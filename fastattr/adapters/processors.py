@@ -8,8 +8,8 @@ them too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,22 @@ from fastattr.adapters.films import Limits, film_patches, frame_size, step_secon
 from fastattr.errors import UnsupportedModelError
 
 _COUNTS = ("num_crops", "num_soft_tokens_per_image")  # named among the model's inputs and not taken by it
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is loaded from.
+
+    Attributes:
+        name: a directory or a hub id.
+        options: of every `from_pretrained`: `trust_remote_code`, `revision`.
+    """
+
+    name: str | Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self, auto_class: Any, **options: Any) -> Any:
+        return auto_class.from_pretrained(self.name, **self.options, **options)
 
 
 @dataclass(frozen=True)
@@ -106,10 +122,10 @@ class FilmProcessor(ComposedProcessor):
         films = [self._read(frames, options.get("size")) for frames in videos]
         if films:
             shown["pixel_values_videos"] = torch.cat([patches for patches, _, _ in films])
-            shown["video_grid_thw"] = torch.tensor([grid for _, grid, _ in films])
+            shown["video_grid_thw"] = torch.tensor([grid for _, grid, _ in films], device="cpu")
             if self.style.paced:
                 pace = self.image_processor.temporal_patch_size / self.frames_per_second
-                shown["second_per_grid_ts"] = torch.full((len(films),), pace)
+                shown["second_per_grid_ts"] = torch.full((len(films),), pace, dtype=torch.float32, device="cpu")
         marks = {self.image_token: iter(stills), self.style.token: iter([written for _, _, written in films])}
         pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text[0])
         for mark, given, what in ((self.image_token, images, "images"), (self.style.token, videos, "videos")):
@@ -135,16 +151,20 @@ class FilmProcessor(ComposedProcessor):
         return patches, grid, self.style.write(grid[1] * grid[2] // images.merge_size**2, seconds)
 
 
-def load_processor(source: str | Path) -> Any:
+def load_processor(name: str | Path, **options: Any) -> Any:
     """The model's own processor, or the two halves joined where torchvision is missing.
+
+    Args:
+        options: of `from_pretrained`: `trust_remote_code`, `revision`.
 
     Raises:
         UnsupportedModelError: torchvision is missing and this family's halves cannot be joined.
     """
     from transformers import AutoConfig, AutoProcessor
 
+    source = Source(name, options)
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        processor = source.load(AutoProcessor)
         if type(processor).__name__ == "PaliGemmaProcessor" and processor.chat_template is None:
             processor.chat_template = _AS_SAID.replace("IMAGE", processor.image_token)
         return _complete(processor, source) if getattr(processor, "patch_size", 0) is None else processor
@@ -154,12 +174,12 @@ def load_processor(source: str | Path) -> Any:
 
         if is_torchvision_available():
             raise
-        model_type = AutoConfig.from_pretrained(source).model_type
+        model_type = source.load(AutoConfig).model_type
         compose = _COMPOSE.get(model_type)
         if compose is None:
             reason = " ".join(str(error).split())
             raise UnsupportedModelError(
-                f"the processor of {str(source)!r} ({model_type}) cannot be loaded without torchvision ({reason}); install "
+                f"the processor of {str(name)!r} ({model_type}) cannot be loaded without torchvision ({reason}); install "
                 "torchvision, or pass your own processor to wrap"
             ) from error
         return compose(source)
@@ -173,11 +193,11 @@ _AS_SAID = (
 )
 
 
-def _complete(processor: Any, source: str | Path) -> Any:
+def _complete(processor: Any, source: Source) -> Any:
     """Old LLaVA directories leave out what the processor must know of its model."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    config = source.load(AutoConfig)
     if config.vision_config.model_type == "pixtral":
         return _pixtral(source)
     processor.patch_size = config.vision_config.patch_size
@@ -187,17 +207,17 @@ def _complete(processor: Any, source: str | Path) -> Any:
     return processor
 
 
-def _images(source: str | Path, **options: Any) -> Any:
+def _images(source: Source, **options: Any) -> Any:
     # not from the top of transformers, which between 5.0 and 5.23 asks for torchvision before it looks
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(source, **options)
+    return source.load(AutoImageProcessor, **options)
 
 
-def _tokenizer(source: str | Path) -> Any:
+def _tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source)
+    return source.load(AutoTokenizer)
 
 
 def grid_tokens(image_processor: Any, token: str) -> Callable[[Any, int], str]:
@@ -207,11 +227,11 @@ def grid_tokens(image_processor: Any, token: str) -> Callable[[Any, int], str]:
     return expand
 
 
-def _film_limits(source: str | Path, style: FilmStyle) -> Limits:
+def _film_limits(source: Source, style: FilmStyle) -> Limits:
     """Those a model's directory gives for videos, or for everything it is shown, in place of the family's."""
     from transformers.video_processing_utils import BaseVideoProcessor
 
-    said, _ = BaseVideoProcessor.get_video_processor_dict(source)
+    said, _ = BaseVideoProcessor.get_video_processor_dict(source.name, **source.options)
     size = said.get("size") or {}
     least, most = style.limits
     return (
@@ -220,10 +240,10 @@ def _film_limits(source: str | Path, style: FilmStyle) -> Limits:
     )
 
 
-def _films(style: FilmStyle, token: str) -> Callable[[str | Path], FilmProcessor]:
+def _films(style: FilmStyle, token: str) -> Callable[[Source], FilmProcessor]:
     """Processors whose pictures are grids of patches, for still images and videos."""
 
-    def compose(source: str | Path) -> FilmProcessor:
+    def compose(source: Source) -> FilmProcessor:
         images = _images(source)
         limits = _film_limits(source, style)
         return FilmProcessor(images, _tokenizer(source), token, grid_tokens(images, token), style, limits)
@@ -231,10 +251,10 @@ def _films(style: FilmStyle, token: str) -> Callable[[str | Path], FilmProcessor
     return compose
 
 
-def _stills(token: str) -> Callable[[str | Path], ComposedProcessor]:
+def _stills(token: str) -> Callable[[Source], ComposedProcessor]:
     """Processors whose pictures are grids of patches, for still images alone."""
 
-    def compose(source: str | Path) -> ComposedProcessor:
+    def compose(source: Source) -> ComposedProcessor:
         images = _images(source)
         return ComposedProcessor(images, _tokenizer(source), token, grid_tokens(images, token))
 
@@ -268,10 +288,10 @@ GLM_FILMS = FilmStyle("<|video|>", _glm_steps(lambda first: str(int(first))), (1
 GLM46_FILMS = replace(GLM_FILMS, write=_glm_steps(lambda first: f"{first:.1f} seconds"))
 
 
-def _pixtral(source: str | Path) -> ComposedProcessor:
+def _pixtral(source: Source) -> ComposedProcessor:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    config = source.load(AutoConfig)
     merge = getattr(config, "spatial_merge_size", 1)
     cell = config.vision_config.patch_size * merge
     image_processor = _images(source, patch_size={"height": cell, "width": cell})
@@ -284,7 +304,7 @@ def _pixtral(source: str | Path) -> ComposedProcessor:
     return ComposedProcessor(image_processor, _tokenizer(source), token, expand)
 
 
-def _smolvlm(source: str | Path) -> ComposedProcessor:
+def _smolvlm(source: Source) -> ComposedProcessor:
     return join_smolvlm(_images(source, return_row_col_info=True), _tokenizer(source))
 
 
@@ -306,7 +326,7 @@ def join_smolvlm(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
     return ComposedProcessor(image_processor, tokenizer, token, expand)
 
 
-def _internvl(source: str | Path) -> ComposedProcessor:
+def _internvl(source: Source) -> ComposedProcessor:
     return join_internvl(
         _images(source, crop_to_patches=True), _tokenizer(source)
     )  # the joint class cuts, whatever is saved
@@ -322,7 +342,7 @@ def join_internvl(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
     return ComposedProcessor(image_processor, tokenizer, token, expand)
 
 
-def _llava_next(source: str | Path) -> ComposedProcessor:
+def _llava_next(source: Source) -> ComposedProcessor:
     """LLaVA-NeXT-Video and LLaVA-OneVision, for still images alone."""
     token = "<image>"
 
@@ -332,7 +352,7 @@ def _llava_next(source: str | Path) -> ComposedProcessor:
     return ComposedProcessor(_images(source), _tokenizer(source), token, expand)
 
 
-def _gemma4(source: str | Path) -> ComposedProcessor:
+def _gemma4(source: Source) -> ComposedProcessor:
     return join_gemma4(_images(source), _tokenizer(source))
 
 
@@ -346,7 +366,7 @@ def join_gemma4(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
     return ComposedProcessor(image_processor, tokenizer, tokenizer.image_token, expand)
 
 
-def _minicpm(source: str | Path) -> ComposedProcessor:
+def _minicpm(source: Source) -> ComposedProcessor:
     return join_minicpm(_images(source), _tokenizer(source))
 
 
@@ -369,7 +389,7 @@ def join_minicpm(image_processor: Any, tokenizer: Any) -> ComposedProcessor:
     return ComposedProcessor(image_processor, tokenizer, token, expand)
 
 
-_COMPOSE: dict[str, Callable[[str | Path], ComposedProcessor]] = {
+_COMPOSE: dict[str, Callable[[Source], ComposedProcessor]] = {
     "qwen2_vl": _films(QWEN2_FILMS, "<|image_pad|>"),
     "qwen2_5_vl": _films(QWEN2_5_FILMS, "<|image_pad|>"),
     **dict.fromkeys(

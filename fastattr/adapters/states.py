@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fastattr.adapters.encode import EncodedExample, alike, along, collate, encode, stackable
-from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, through_norm
+from fastattr.adapters.hooks import (
+    decoder_of,
+    interpolated_positions,
+    layer_modules,
+    record_output,
+    through_norm,
+    undisturbed,
+)
 from fastattr.adapters.model import Model
 from fastattr.chat import Prompt
 from fastattr.errors import InputError, StatesError
@@ -68,7 +75,8 @@ def _forward_ragged(
     fed = torch.stack([nn.functional.pad(each[:-1], (0, longest + 1 - len(each))) for each in sequences])
     mask = None
     if min(lengths) < longest:
-        mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long().to(fed.device)
+        places, ends = (torch.tensor(each, device=fed.device) for each in (range(longest), lengths))
+        mask = (places < ends[:, None]).long()
     return forward(model, fed, collate(model, examples, longest), layer, interpolate, mask)
 
 
@@ -91,7 +99,7 @@ def log_probs_of_images(
     """
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
-    rows = [torch.empty(0, len(response_ids))]
+    rows = [torch.empty(0, len(response_ids), dtype=torch.float32, device="cpu")]
     remaining = iter(variants)
     while batch := [encode(model, images, prompt) for images in islice(remaining, batch_size)]:
         for examples in [batch] if model.family.stacks and alike(batch) else [[each] for each in batch]:
@@ -133,6 +141,7 @@ def forward(
     if attention_mask is not None:
         inputs.setdefault("attention_mask", attention_mask)
     with (
+        undisturbed(model.states),
         record_output(decoder_of(hf_model)) as last,
         record_output(module) as chosen,
         interpolated_positions(hf_model, interpolate),

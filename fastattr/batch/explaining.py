@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from fastattr.adapters import load
+from fastattr.adapters import check_model, load
 from fastattr.batch.sources import Row, read_image
 from fastattr.chat import text_of
 from fastattr.errors import BackendError, FastattrError, ImageError, InputError, UnsupportedModelError
@@ -59,9 +59,14 @@ def load_model(name: str, device: str | None) -> Model:
         OUT_OF_MEMORY: there is none for it.
     """
     try:
+        place = None if device is None else torch.device(device)
+        if place is not None and place.type == "cuda" and place.index is not None:
+            torch.cuda.set_device(place)  # what allocates without naming a device uses it too
         if ":" not in name or Path(name).exists():
             return load(name, device=device)
-        return pkgutil.resolve_name(name)(device)
+        model = pkgutil.resolve_name(name)(device)
+        check_model(model)
+        return model
     except (FastattrError, *OUT_OF_MEMORY):
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattr.adapters import Model, encode, encode_response, generate, log_probs_of_images
+from fastattr.adapters import Model, check_model, encode, encode_response, generate, log_probs_of_images
 from fastattr.config import AnyConfig, configure
 from fastattr.datasets import Mention, Sample
 from fastattr.descriptors import describe_maps
@@ -64,6 +64,7 @@ def judge(model: Model, sample: Sample, settings: Settings) -> Judgement:
     Raises:
         FastattrError: the sample cannot be explained; it is the sample's fault, not the caller's, so a run may go on.
     """
+    check_model(model)
     visual = Visual((sample.image,))
     if sample.response is None:
         encoded = encode(model, [visual], sample.prompt)

@@ -136,7 +136,8 @@ def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
     job = request.job
     if isinstance(job, Replay):
         named = {"response_ids": job.response_ids, "prompt_ids": job.prompt_ids}
-        return {k: torch.tensor(ids, dtype=torch.long) for k, ids in named.items() if ids is not None}, "replay"
+        tensors = {k: torch.tensor(v, dtype=torch.long, device="cpu") for k, v in named.items() if v is not None}
+        return tensors, "replay"
     if isinstance(job, Made):
         raise InputError("an attribution that exists needs no worker")
     states = job.states

@@ -68,7 +68,7 @@ class AttributionLogger:
         options: as in `LogConfig`, which documents each.
 
     Raises:
-        InputError: an option is unknown or out of range.
+        InputError: an option is unknown or out of range, or the model is not wrapped.
         SaveError: the destination or the spool cannot be written to.
     """
 
@@ -83,6 +83,10 @@ class AttributionLogger:
         return made
 
     def _open(self, config: LogConfig, model: Model | None) -> None:
+        if model is not None:
+            from fastattr.adapters import check_model
+
+            check_model(model)
         self.config = config
         self._model = model
         self._destination = open_destination(config.destination, config.storage_options)

@@ -543,7 +543,8 @@ def _context(kept: pa.Array, n: int, total: int, config: AttributionConfig) -> t
     row = np.repeat(np.arange(n), kept.value_lengths().to_numpy())
     entries = dict(zip(CONTEXT.names, kept.flatten().flatten(), strict=True)) if len(row) else {}
     if not entries:
-        return torch.zeros(n, total), torch.zeros(n, total) if config.method == "arc" else None
+        nothing = torch.zeros(n, total, dtype=torch.float32, device="cpu")
+        return nothing, nothing.clone() if config.method == "arc" else None
     column = entries["index"].to_numpy()
     if column.min() < 0 or column.max() >= total:
         raise ValueError(f"it names context token {column.max()} of {total}")

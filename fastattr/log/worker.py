@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastattr.adapters import check_model
 from fastattr.errors import FastattrError
 from fastattr.log import inbox
 from fastattr.log.config import LogConfig
@@ -48,7 +49,9 @@ def work(
 
     Raises:
         SaveError: the destination or the spool cannot be written to.
+        InputError, UnsupportedModelError, StatesError: the model is not wrapped, or cannot be explained as it is now.
     """
+    check_model(model)
     spool = config.spool_path
     destination = open_destination(config.destination, config.storage_options)
     destination.check()

@@ -319,14 +319,14 @@ def _counts(patches: Patches, steps: int) -> Tensor:
         raise InputError(
             f"steps is {steps}, expected 1 to {len(patches)}, the number of patches of the grid {patches.grid}"
         )
-    return (torch.arange(steps + 1) * 2 * len(patches) + steps) // (2 * steps)  # rounded, halves up
+    return (torch.arange(steps + 1, device="cpu") * 2 * len(patches) + steps) // (2 * steps)  # rounded, halves up
 
 
 def _top(patches: Patches, top: float) -> Tensor:
     """int64 `[1]`."""
     if not 0 < top < 1:
         raise InputError(f"top is {top}, expected a share above 0 and below 1")
-    return torch.tensor([max(1, round(top * len(patches)))])
+    return torch.tensor([max(1, round(top * len(patches)))], device="cpu")
 
 
 def _distinct(visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,7 +373,7 @@ def _stack(patches: Patches, orders: Sequence[Tensor], words: Sequence[Sequence[
     """Checked orders as one int64 `[word patch]`."""
     if len(orders) != len(words) or not words:
         raise InputError(f"got {len(orders)} orders for {len(words)} words, expected one each, and at least one")
-    every = torch.arange(len(patches))
+    every = torch.arange(len(patches), device="cpu")
     for order in orders:
         if not torch.equal(order.cpu().sort().values, every):
             raise InputError(

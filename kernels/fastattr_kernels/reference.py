@@ -7,11 +7,15 @@ Moffat and Zobel, ACM TOIS 2010.
 Where tensors are large the work goes block by block through buffers that are written again and again (`out=`):
 what is between input and result then stays in the cache, and fresh memory, which costs more than the arithmetic
 done in it, is only taken for results.
+
+Matrix products ignore `torch.autocast`. They follow `torch.set_float32_matmul_precision` and `allow_tf32`, which lower the
+precision of float32 products in the whole process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,6 +41,14 @@ def _even(length: int, most: int) -> int:
     return max(1, -(-length // count))
 
 
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    """A context in which products of tensors on this device keep the dtype of their factors."""
+    kind = like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
 def _on_matrix_units(hidden: Tensor, rows: Tensor) -> bool:
     """Whether a GPU multiplies these as they are and accumulates in float32; anything else is upcast first."""
     return hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
@@ -51,10 +63,11 @@ def head_logits(
     out: Tensor | None = None,
 ) -> Tensor:
     """`lm_head` on chosen rows: `softcap * tanh(logit_scale * (hidden @ rows.T + bias) / softcap)`."""
-    if _on_matrix_units(hidden, rows):
-        logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
-    else:
-        logits = torch.mm(hidden.float(), rows.float().T, out=out)
+    with without_autocast(hidden):
+        if _on_matrix_units(hidden, rows):
+            logits = torch.mm(hidden, rows.T, out_dtype=torch.float32)
+        else:
+            logits = torch.mm(hidden.float(), rows.float().T, out=out)
     return _finish_(logits, bias, logit_scale, softcap)
 
 
@@ -80,9 +93,9 @@ def _logit_chunks(
     buffer = upcast = None
     if not _on_matrix_units(hidden, weight):
         hidden = hidden.float()
-        buffer = torch.empty(len(hidden), width, device=hidden.device)
+        buffer = torch.empty(len(hidden), width, dtype=torch.float32, device=hidden.device)
         if weight.dtype != torch.float32:
-            upcast = torch.empty(width, weight.shape[1], device=weight.device)
+            upcast = torch.empty(width, weight.shape[1], dtype=torch.float32, device=weight.device)
     for ids in _blocks(vocab, width):
         count = ids.stop - ids.start
         rows = weight[ids] if upcast is None else upcast[:count].copy_(weight[ids])
@@ -184,8 +197,8 @@ def _scan_vocabulary(
     vocab = weight.shape[0] if valid_vocab is None else valid_vocab
     if not 1 <= k <= vocab:
         raise ValueError(f"k is {k}, expected 1 to {vocab}, the number of ids in the vocabulary")
-    best = torch.full((len(hidden), k), torch.iinfo(torch.int64).min, device=hidden.device)
-    total = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    best = torch.full((len(hidden), k), torch.iinfo(torch.int64).min, dtype=torch.int64, device=hidden.device)
+    total = torch.full((len(hidden),), -torch.inf, dtype=torch.float32, device=hidden.device)
     for first_id, logits in _logit_chunks(hidden, weight, bias, logit_scale, softcap, vocab):
         for rows in _blocks(len(hidden), BLOCK):
             _keep_best_(best[rows], logits[rows], first_id)
@@ -263,7 +276,7 @@ def lm_head_log_prob(
         float32 `[position]`.
     """
     vocab = weight.shape[0] if valid_vocab is None else valid_vocab
-    total = torch.full((hidden.shape[0],), -torch.inf, device=hidden.device)
+    total = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float32, device=hidden.device)
     for _, logits in _logit_chunks(hidden, weight, bias, logit_scale, softcap, vocab):
         total = torch.logaddexp(total, _logsumexp_(logits))
     own = lm_head_logit(hidden, weight, ids, bias, logit_scale=logit_scale, softcap=softcap)
@@ -316,7 +329,7 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: i
     wanted, ranked = numbers[:targets].T.contiguous(), numbers[targets:]
 
     # for every id that a block of `right` ranks, what its rank is worth to each context token of the block
-    relevance = torch.zeros(targets, context, device=left.device)
+    relevance = torch.zeros(targets, context, dtype=torch.float32, device=left.device)
     line_of = torch.empty(len(ids), dtype=torch.int64, device=left.device)
     worth = torch.empty(BLOCK * k + 1, BLOCK, dtype=torch.int32, device=left.device)
     buffers = torch.empty(2, targets, BLOCK, dtype=torch.int32, device=left.device)
@@ -333,7 +346,8 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: i
         for rank in range(k):  # the table falls, so table[max(a, b)] = min(table[a], table[b])
             torch.index_select(worth, 0, lines[rank], out=common)
             total += common.clamp_(max=worths[rank])
-        torch.div(total[:, :width], ONE, out=relevance[first:, columns])
+        # not divided as whole numbers, which torch does in its default dtype
+        relevance[first:, columns].copy_(total[:, :width]).div_(ONE)
     return relevance if n_before is None else relevance.tril_(n_before - 1)
 
 
@@ -343,7 +357,7 @@ def overlap_table(k: int, persistence: float, device: torch.device) -> Tensor:
     Whole numbers add up to the same sum in any order, and the table to exactly `ONE`: identical rankings have
     a relevance of exactly 1. What were left of 1 would pass for interference, because weights are relative.
     """
-    depth = torch.arange(1, k + 1, dtype=torch.float64)
+    depth = torch.arange(1, k + 1, dtype=torch.float64, device="cpu")
     weight = (1 - persistence) * persistence ** (depth - 1) / depth
     table = (weight.flip(0).cumsum(0).flip(0) / (1 - persistence**k) * ONE).round_().int()
     table[0] += ONE - int(table.sum())
@@ -393,10 +407,11 @@ def context_mean(context_activation: Tensor, weight: Tensor, *, n_before: int | 
         float32 `[target position]`, zero where no context counts.
     """
     total = weight.sum(dim=1, keepdim=True)
-    mean = torch.empty(len(weight), context_activation.shape[1], device=weight.device)
+    mean = torch.empty(len(weight), context_activation.shape[1], dtype=torch.float32, device=weight.device)
     for rows in _blocks(len(weight), len(weight) if n_before is None else BLOCK):
         seen = weight.shape[1] if n_before is None else min(weight.shape[1], n_before + rows.stop)
-        torch.mm(weight[rows, :seen], context_activation[:seen], out=mean[rows])
+        with without_autocast(weight):
+            torch.mm(weight[rows, :seen], context_activation[:seen], out=mean[rows])
     return mean.div_(torch.where(total > 0, total, 1.0))
 
 
@@ -454,7 +469,7 @@ def rank_gaussian(maps: Tensor, span: Tensor | None = None) -> Tensor:
     """
     targets, frames, height, width = maps.shape
     flat = maps.reshape(targets * frames, height, width)
-    unit = torch.ones(len(flat), 1, 1, device=maps.device)
+    unit = torch.ones(len(flat), 1, 1, dtype=torch.float32, device=maps.device)
     if span is None:
         # a power of two changes no digit and no weight, and keeps squares in the range of float32
         unit = torch.ldexp(unit, flat.amax(dim=(1, 2), keepdim=True).frexp().exponent.clamp(-100, 100))
@@ -464,8 +479,8 @@ def rank_gaussian(maps: Tensor, span: Tensor | None = None) -> Tensor:
     filtered = torch.empty_like(flat, memory_format=torch.contiguous_format)
     most = max(1, BLOCK_BYTES // (4 * 16 * height * (width + 2)))
     size = _even(len(flat), most)
-    padded = torch.empty(size, height + 2, width + 2, device=maps.device)
-    planes = torch.empty(15, size, height, width + 2, device=maps.device)
+    padded = torch.empty(size, height + 2, width + 2, dtype=torch.float32, device=maps.device)
+    planes = torch.empty(15, size, height, width + 2, dtype=torch.float32, device=maps.device)
     for block in _blocks(len(flat), size):
         if block.stop == len(flat):  # the last block is a whole one too
             block = slice(len(flat) - size, len(flat))
@@ -588,20 +603,21 @@ def multiscale(
     to_all_rows = torch.cat(to_rows, dim=1) if resized else None
 
     result = torch.empty(targets, frames, height, width, dtype=dtype, device=weights.device)
-    extremes = torch.empty(targets, 2, device=weights.device)
+    extremes = torch.empty(targets, 2, dtype=torch.float32, device=weights.device)
     block_size = max(1, BLOCK_BYTES // (4 * 2 * frames * height * width))
-    buffer = torch.empty(min(targets, block_size), frames, height, width, device=weights.device)
+    buffer = torch.empty(min(targets, block_size), frames, height, width, dtype=torch.float32, device=weights.device)
     for block in _blocks(targets, block_size):
         total = result[block] if dtype == torch.float32 else buffer[: block.stop - block.start]
         weight = weights[block, :, None, None, None]
         if to_all_rows is None:
             total.zero_()
         else:
-            wide = [
-                (maps[index][block] * weight[:, index]).flatten(0, 1) @ matrix
-                for index, matrix in zip(resized, to_columns, strict=True)
-            ]
-            torch.matmul(to_all_rows, torch.cat(wide, dim=1), out=total.flatten(0, 1))
+            with without_autocast(weights):
+                wide = [
+                    (maps[index][block] * weight[:, index]).flatten(0, 1) @ matrix
+                    for index, matrix in zip(resized, to_columns, strict=True)
+                ]
+                torch.matmul(to_all_rows, torch.cat(wide, dim=1), out=total.flatten(0, 1))
         for index, each in enumerate(maps):
             if index not in resized:
                 total.addcmul_(each[block], weight[:, index])
@@ -615,6 +631,6 @@ def multiscale(
 
 def _interpolation(size: int, new_size: int, device: torch.device) -> Tensor:
     """`[new_size size]`: how the pixels of one side make up those of another."""
-    source = (torch.arange(new_size, dtype=torch.float64) + 0.5) * size / new_size - 0.5
-    distance = source.clamp_(0, size - 1)[:, None] - torch.arange(size)
+    source = (torch.arange(new_size, dtype=torch.float64, device="cpu") + 0.5) * size / new_size - 0.5
+    distance = source.clamp_(0, size - 1)[:, None] - torch.arange(size, device="cpu")
     return (1 - distance.abs()).clamp_(min=0).float().to(device)

@@ -151,16 +151,16 @@ def _filtered(
 
     keys = torch.empty(rows, splits, slots, dtype=torch.int64, device=device)
     counts = torch.empty(rows, splits, dtype=torch.int32, device=device)
-    floors = torch.empty(rows, splits, device=device)
-    sums = torch.empty(rows, splits, 2, device=device)
+    floors = torch.empty(rows, splits, dtype=torch.float32, device=device)
+    sums = torch.empty(rows, splits, 2, dtype=torch.float32, device=device)
     maxima = sums_of_tiles = None
     if fused:
-        logits = torch.empty(rows, width, device=device)
-        maxima = torch.empty(rows, width // GROUP, device=device)
-        sums_of_tiles = torch.empty(rows, width // launch.product_columns, 2, device=device)
+        logits = torch.empty(rows, width, dtype=torch.float32, device=device)
+        maxima = torch.empty(rows, width // GROUP, dtype=torch.float32, device=device)
+        sums_of_tiles = torch.empty(rows, width // launch.product_columns, 2, dtype=torch.float32, device=device)
     ids = torch.empty(positions, k, dtype=torch.int32, device=device)
-    values = torch.empty(positions, k, device=device)
-    logsumexp = torch.empty(positions if with_logsumexp else 0, device=device)
+    values = torch.empty(positions, k, dtype=torch.float32, device=device)
+    logsumexp = torch.empty(positions if with_logsumexp else 0, dtype=torch.float32, device=device)
 
     scale = None if logit_scale == 1.0 else logit_scale
     for first_row in range(0, positions, rows):

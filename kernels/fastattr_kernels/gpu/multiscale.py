@@ -115,7 +115,7 @@ def _sum(maps: Sequence[Tensor], weights: Tensor, rows: Points, columns: Points)
     n_rows, n_columns = rows.index.shape[1], columns.index.shape[1]
     across = triton.cdiv(n_columns, tile.columns)
     tiles = triton.cdiv(n_rows, tile.rows) * across
-    out = torch.empty(targets, frames, n_rows, n_columns, device=weights.device)
+    out = torch.empty(targets, frames, n_rows, n_columns, dtype=torch.float32, device=weights.device)
     _sum_kernel[(targets * frames * tiles,)](
         tuple(each.float().contiguous() for each in maps),
         weights.float().contiguous(),
@@ -146,7 +146,9 @@ def _draw(knots: Tensor, rows: Cells, columns: Cells, out: Tensor | None, span: 
     height, width = len(rows.index), len(columns.index)
     across = triton.cdiv(width, tile.columns)
     tiles = triton.cdiv(n_rows - 1, tile.rows) * across
-    lows, highs = torch.empty(2, targets, frames * tiles if span is None else 0, device=knots.device)
+    lows, highs = torch.empty(
+        2, targets, frames * tiles if span is None else 0, dtype=torch.float32, device=knots.device
+    )
     _draw_kernel[(targets * frames * tiles,)](
         knots,
         rows.first,
@@ -174,7 +176,7 @@ def _draw(knots: Tensor, rows: Cells, columns: Cells, out: Tensor | None, span: 
 def _reduce(lows: Tensor, highs: Tensor) -> Tensor:
     """The least of `lows [target n]` and the greatest of `highs`, `[target 2]`."""
     targets, n = lows.shape
-    extremes = torch.empty(targets, 2, device=lows.device)
+    extremes = torch.empty(targets, 2, dtype=torch.float32, device=lows.device)
     _reduce_kernel[(targets,)](lows, highs, extremes, n, BLOCK=REDUCED, num_warps=1)
     return extremes
 
@@ -185,7 +187,9 @@ def _reduce(lows: Tensor, highs: Tensor) -> Tensor:
 @lru_cache(maxsize=256)
 def _knots(sizes: tuple[int, ...], pixels: int) -> Tensor:
     """Where along `pixels` the sum bends: the centres of the source pixels, and both ends; float64, ascending."""
-    centres = torch.cat([(torch.arange(size, dtype=torch.float64) + 0.5) * pixels / size - 0.5 for size in sizes])
+    centres = torch.cat(
+        [(torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * pixels / size - 0.5 for size in sizes]
+    )
     end = max(1, pixels - 1)  # two knots make a cell, also around a lone pixel
     inside = centres[(centres > 0) & (centres < end)]
     return torch.cat([inside, inside.new_tensor([0, end])]).unique()
@@ -193,7 +197,7 @@ def _knots(sizes: tuple[int, ...], pixels: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _pixels(sizes: tuple[int, ...], pixels: int, device: torch.device) -> Points:
-    return _points(torch.arange(pixels, dtype=torch.float64), sizes, pixels, device)
+    return _points(torch.arange(pixels, dtype=torch.float64, device="cpu"), sizes, pixels, device)
 
 
 @lru_cache(maxsize=256)
@@ -202,7 +206,7 @@ def _at_knots(sizes: tuple[int, ...], pixels: int, device: torch.device) -> Poin
 
 
 def _points(points: Tensor, sizes: tuple[int, ...], pixels: int, device: torch.device) -> Points:
-    size = torch.tensor(sizes)[:, None]
+    size = torch.tensor(sizes, device="cpu")[:, None]
     sources = ((points + 0.5) * size / pixels - 0.5).clamp_(min=0).minimum(size - 1)
     index = sources.floor().minimum(size - 2)
     return Points(size[:, 0].int().to(device), index.int().to(device), (sources - index).float().to(device))
@@ -214,7 +218,11 @@ def _cells(sizes: tuple[int, ...], pixels: int, device: torch.device, *, ends_on
     knots = _knots(sizes, pixels)
     first = knots.ceil()
     first[-1] = pixels
-    points = torch.cat([first[:-1], first[1:] - 1]).unique() if ends_only else torch.arange(pixels).double()
+    points = (
+        torch.cat([first[:-1], first[1:] - 1]).unique()
+        if ends_only
+        else torch.arange(pixels, dtype=torch.float64, device="cpu")
+    )
     index = (torch.searchsorted(knots, points, right=True) - 1).clamp_(max=len(knots) - 2)
     fraction = (points - knots[index]) / (knots[index + 1] - knots[index])
     return Cells(index.int().to(device), fraction.float().to(device), first.int().to(device))
