@@ -30,6 +30,7 @@ def glm(name: str) -> Family:
         token_types="mm_token_type_ids",
         film_token="image_token_id",
         filmed=EVERY_FRAME,
+        sized=True,
     )
 
 
