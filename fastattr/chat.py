@@ -99,7 +99,9 @@ def read_prompt(image: Any, prompt: str | Messages | Chat) -> tuple[tuple[Visual
         raise InputError(
             f"got {len(given)} images for messages with {len(held)} image parts, expected one each, in their order"
         )
-    return tuple(_read(number, part, each) for number, (part, each) in enumerate(zip(parts, given, strict=True), 1)), chat
+    return tuple(
+        _read(number, part, each) for number, (part, each) in enumerate(zip(parts, given, strict=True), 1)
+    ), chat
 
 
 def _read(number: int, part: Mapping[str, Any], picture: Any) -> Visual:
@@ -136,9 +138,7 @@ def _parts(message: Mapping[str, Any]) -> list[Any]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise InputError(
-            f"the content of a message of {message['role']!r} is {short(content)}, expected text or parts"
-        )
+        raise InputError(f"the content of a message of {message['role']!r} is {short(content)}, expected text or parts")
     return list(content)
 
 

@@ -54,7 +54,9 @@ class Sizing:
         if (self.height is None) != (self.width is None):
             raise InputError("resized_height and resized_width belong together, but one of them is missing")
         if self.height is not None and (self.min_pixels, self.max_pixels) != (None, None):
-            raise InputError("resized_height and resized_width say the size already; leave min_pixels and max_pixels out")
+            raise InputError(
+                "resized_height and resized_width say the size already; leave min_pixels and max_pixels out"
+            )
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:  # type: ignore[operator]
             raise InputError(f"min_pixels is {self.min_pixels}, expected at most max_pixels, {self.max_pixels}")
 
@@ -144,12 +146,15 @@ def read_visual(
     """
     sampling = Sampling() if sampling is None else sampling
     if isinstance(image, Visual):
-        _refuse_sampling(sampling, "a video that was read before")
-        return image if sizing is None else replace(image, sizing=sizing)
+        return image if sizing is None else replace(image, sizing=sizing)  # its frames were taken before
     if kind == "video" and not isinstance(image, Image.Image) and getattr(image, "ndim", 0) == 4:
         image = list(as_array(image))
     if isinstance(image, list | tuple):
-        _refuse_sampling(replace(sampling, fps=None), "a list of frames")
+        if replace(sampling, fps=None) != Sampling():
+            raise ImageError(
+                "nframes, video_start and video_end choose frames of a file, but a list of frames is given, of which all are "
+                "shown; pass the ones to be shown"
+            )
         visual = _read_frames(image)
         n_frames = len(visual.frames)
         timing = None if sampling.fps is None else Timing(sampling.fps, tuple(range(n_frames)), n_frames)
@@ -170,8 +175,11 @@ def read_visual(
     with open_picture(source, name) as opened, decoder_errors(name):
         if kind == "video":
             return _of_clip(read_animation(opened, sampling, name, upright=True), sizing)
-        notes = _first_of_several(opened)
-        return Visual((turn_upright(to_rgb(opened, name), of=opened),), sizing=sizing, notes=notes)
+        notes, lies = _first_of_several(opened), to_rgb(opened, name)
+        upright = turn_upright(lies, of=opened)
+        if upright is not lies:
+            notes += ("a picture was turned upright, as the EXIF orientation of its file says",)
+        return Visual((upright,), sizing=sizing, notes=notes)
 
 
 def read_image(image: ImageLike) -> Image.Image:
@@ -209,14 +217,6 @@ def _read_frames(frames: Sequence[ImageLike]) -> Visual:
 
 def _of_clip(clip: Clip, sizing: Sizing | None) -> Visual:
     return Visual(clip.frames, clip.timing, sizing, clip.notes)
-
-
-def _refuse_sampling(sampling: Sampling, what: str) -> None:
-    if sampling != Sampling():
-        raise ImageError(
-            f"nframes, fps, video_start and video_end choose frames of a file, but {what} is given, of which all are shown; "
-            "pass the ones to be shown, and leave them out"
-        )
 
 
 def _first_of_several(image: Image.Image) -> tuple[str, ...]:

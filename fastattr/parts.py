@@ -30,7 +30,16 @@ KINDS: Mapping[str, Kind] = {
 SOURCES = ("url", "path", "base64", "source")  # besides the kind itself, and the kind with `_url`
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 TIMES = ("fps", "nframes", "num_frames", "video_start", "video_end")
-IGNORED = ("detail", "cache_control", "id", "uuid", "name", "title", "media_type", "mime_type")  # `detail` sizes at OpenAI
+IGNORED = (
+    "detail",
+    "cache_control",
+    "id",
+    "uuid",
+    "name",
+    "title",
+    "media_type",
+    "mime_type",
+)  # `detail` sizes at OpenAI
 
 
 def plain_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,7 +101,7 @@ def sampling_of(part: Mapping[str, Any]) -> Sampling:
 
 def without_source(part: Mapping[str, Any]) -> Mapping[str, Any]:
     """A plain part whose picture is given beside the messages."""
-    return {key: value for key, value in part.items() if key == "type" or key != part["type"]}
+    return part if part["type"] == "text" else {key: value for key, value in part.items() if key != part["type"]}
 
 
 def _source(key: str, value: Any) -> Any:

@@ -147,9 +147,13 @@ def read_animation(image: Image.Image, sampling: Sampling, name: str, *, upright
                 frames.append(turn_upright(frame, of=image) if upright else frame)
         finally:
             image.seek(shown)
-    notes: tuple[str, ...] = () if len(frames) == total else (f"{len(frames)} of the {total} frames of a video are shown",)
+    notes: tuple[str, ...] = (
+        () if len(frames) == total else (f"{len(frames)} of the {total} frames of a video are shown",)
+    )
     if len(set(lengths_ms)) > 1:
-        notes += ("the frames of a video are not shown for equally long, so a model that reads one pace reads the mean",)
+        notes += (
+            "the frames of a video are not shown for equally long, so a model that reads one pace reads the mean",
+        )
         taken_ms = sum(lengths_ms[indices[0] : indices[-1] + 1])
         return Clip(tuple(frames), Timing(1000.0, tuple(begins_ms[k] for k in indices), taken_ms), notes)
     return Clip(tuple(frames), Timing(1000 / lengths_ms[0], indices, _spanned(indices)), notes)

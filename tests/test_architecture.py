@@ -86,7 +86,7 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.metrics.faithfulness": {"fastattr.images"},
     "fastattr.report": {"fastattr.fields", "fastattr.selection", "fastattr.storage"},
     "fastattr.demo": {"fastattr.adapters", "fastattr.images", "fastattr.pipeline"},
-    "fastattr.datasets": {"fastattr.demo", "fastattr.images", "fastattr.text"},
+    "fastattr.datasets": {"fastattr.decoding", "fastattr.demo", "fastattr.images", "fastattr.storage", "fastattr.text"},
     "fastattr.evaluate": {
         "fastattr.adapters",
         "fastattr.calibration",
@@ -106,9 +106,11 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.chat",
         "fastattr.descriptors",
         "fastattr.images",
+        "fastattr.parts",
         "fastattr.pipeline",
         "fastattr.selection",
         "fastattr.storage",
+        "fastattr.video",
     },
     "fastattr.log.dashboard": {"fastattr.log", "fastattr.report"},
     "fastattr.log.recipes": {"fastattr", "fastattr.demo", "fastattr.log"},
@@ -119,6 +121,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.images",
         "fastattr.log",
         "fastattr.pipeline",
+        "fastattr.storage",
     },
     "fastattr.cli": {
         "fastattr",

@@ -24,7 +24,10 @@ from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
 MAX_IMAGE_TOKENS = 65_536
-IMAGE_CELLS, VIDEO_CELLS = (4, 16_384), (128, 768)  # of qwen-vl-utils: at least and at most, of a picture and of a frame
+IMAGE_CELLS, VIDEO_CELLS = (
+    (4, 16_384),
+    (128, 768),
+)  # of qwen-vl-utils: at least and at most, of a picture and of a frame
 MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower; four of the bundled model's pictures are fastest
 
 
@@ -304,14 +307,14 @@ def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:
     """The option that tells a processor when frames were taken; none where nobody said."""
     if all(film.timing is None for film in films) or not accepts(model.processor.__call__, "video_metadata"):
         return {}
-    told = []
+    told: list[dict[str, Any]] = []
     for film in films:
-        n_frames = len(film.frames)
-        known = {"total_num_frames": n_frames, "fps": None, "frames_indices": list(range(n_frames))}
-        if film.timing is not None:
-            known = {"total_num_frames": film.timing.total, "fps": film.timing.fps}
-            known["frames_indices"] = list(film.timing.indices)
-        told.append(known)
+        n, timing = len(film.frames), film.timing
+        if timing is None:
+            told.append({"total_num_frames": n, "fps": None, "frames_indices": list(range(n))})
+        else:
+            known = {"total_num_frames": timing.total, "fps": timing.fps, "frames_indices": list(timing.indices)}
+            told.append(known)
     return {"video_metadata": told}
 
 

@@ -144,7 +144,11 @@ def cut_picture(visual: Visual, grid: Grid, extent: Box = WHOLE_IMAGE, *, fill: 
             f"the picture has {len(visual.frames)} frames but the grid (t, h, w) = {tuple(grid)} has {grid[0]} time steps; pass the "
             "picture the map was made of"
         )
-    hidden = visual.blank() if fill == "grey" else replace(visual, frames=tuple(_hidden(frame, fill) for frame in visual.frames))
+    hidden = (
+        visual.blank()
+        if fill == "grey"
+        else replace(visual, frames=tuple(_hidden(frame, fill) for frame in visual.frames))
+    )
     patches = Patches(visual, hidden, (grid[0], grid[1], grid[2]), extent)
     if min(np.diff(patches.rows).min(), np.diff(patches.columns).min()) < 1:
         height, width = visual.size

@@ -31,6 +31,7 @@ def glm(name: str) -> Family:
         film_token="image_token_id",
         filmed=EVERY_FRAME,
         sized=True,
+        keeps_aspect=True,
     )
 
 

@@ -44,6 +44,7 @@ def qwen(name: str, *, films: bool = True, masked: bool = False) -> Family:
         filmed=EVERY_FRAME,
         masked=masked,
         sized=True,
+        keeps_aspect=True,
     )
 
 
