@@ -16,8 +16,8 @@ from fastattr.errors import ImageError
 
 # Formats that Pillow decodes by itself. It would start other programs for some of the rest (EPS: Ghostscript). HEIF is
 # there where a plugin for it is registered.
-_COMMON = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "ICNS")
-FORMATS = (*_COMMON, "TGA", "QOI", "PCX", "SGI", "DDS", "MSP", "SPIDER", "IM", "XBM")
+_COMMON = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000")
+FORMATS = (*_COMMON, "PPM", "ICO", "ICNS", "TGA", "QOI", "PCX", "SGI", "DDS", "MSP", "SPIDER", "IM", "XBM")
 
 ORIENTATION = 0x0112  # of EXIF
 _TURNS = {
@@ -40,7 +40,9 @@ def decoder_errors(name: str) -> Iterator[None]:
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not in an image format that is read here ({', '.join(FORMATS)})") from error
+        raise ImageError(
+            f"{name} is not in an image format that is read here (PNG, JPEG, WEBP, GIF, TIFF, AVIF and others)"
+        ) from error
     except Exception as error:
         raise ImageError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
 

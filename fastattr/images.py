@@ -249,9 +249,7 @@ def _source(image: Any) -> tuple[Path | bytes | Image.Image | np.ndarray, str]:
         return bytes(image), f"the image of {len(image)} bytes"
     if hasattr(image, "__array__"):
         return as_array(image), "the image array"
-    raise ImageError(
-        f"image is a {type(image).__name__}, expected a path, a PIL image, an array, encoded bytes or a data: URL"
-    )
+    raise ImageError(f"image is a {type(image).__name__}, expected a path, a PIL image, an array or encoded bytes")
 
 
 def _existing(path: Path) -> tuple[Path, str]:

@@ -113,7 +113,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.video",
     },
     "fastattr.log.dashboard": {"fastattr.log", "fastattr.report"},
-    "fastattr.log.recipes": {"fastattr", "fastattr.demo", "fastattr.log"},
+    "fastattr.log.recipes": {"fastattr", "fastattr.demo", "fastattr.images", "fastattr.log"},
     "fastattr.batch": {
         "fastattr",
         "fastattr.adapters",
