@@ -19,6 +19,7 @@ from fastattr.datasets.files import read_picture, read_pixels, read_text
 from fastattr.datasets.sample import Dataset, Sample
 from fastattr.datasets.words import function_spans, noun_mentions
 from fastattr.errors import DatasetError
+from fastattr.storage import is_litter
 
 IMAGES, MASKS = Path("images"), Path("masks")
 DEFAULT_PROMPT = "Describe the image."
@@ -39,8 +40,9 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
     asked = folder / "prompt.txt"
     prompt = prompt or (read_text(asked) if asked.exists() else DEFAULT_PROMPT)
     pictures: dict[str, Path] = {}
+    n_litter = sum(is_litter(path.name) for part in (IMAGES, MASKS) for path in (folder / part).rglob("*"))
     for path in sorted((folder / IMAGES).iterdir()):
-        if path.suffix.lower() in _SUFFIXES:
+        if path.suffix.lower() in _SUFFIXES and not is_litter(path.name):
             if path.stem in pictures:
                 raise DatasetError(
                     f"{str(path)!r} and {pictures[path.stem].name!r} have one name, but masks go by name; rename one"
@@ -55,7 +57,7 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
         if id not in pictures:
             raise DatasetError(f"{str(folder / IMAGES)!r} has no picture {id!r}")
         image = read_picture(pictures[id])
-        files = sorted((folder / MASKS / id).glob("*.png"))
+        files = sorted(path for path in (folder / MASKS / id).glob("*.png") if not is_litter(path.name))
         if not files:
             raise DatasetError(
                 f"{str(folder / MASKS / id)!r} holds no mask, expected a png for each thing in the picture"
@@ -69,4 +71,4 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
         response = read_text(caption) if caption.exists() else None
         return Sample(id, image, prompt, response, partial(noun_mentions, masks=masks), function_spans)
 
-    return Dataset(folder.resolve().name, tuple(pictures), read)
+    return Dataset(folder.resolve().name, tuple(pictures), read, n_litter)

@@ -56,8 +56,10 @@ class Dataset:
         name: for tables.
         ids: in a fixed order.
         read: from an id to its sample; raises `DatasetError` that names the file and what is wrong with it.
+        n_litter: files that macOS or Windows left in its folders (`._x`, `.DS_Store`), which are skipped.
     """
 
     name: str
     ids: tuple[str, ...]
     read: Callable[[str], Sample]
+    n_litter: int = 0

@@ -104,7 +104,7 @@ def test_several_pictures_are_shown_as_the_chat_path_shows_them(name: str) -> No
         assert set(given) == set(expected)
         for key, value in expected.items():
             torch.testing.assert_close(
-                given[key], value.to(given[key].dtype), rtol=0, atol=0, msg=lambda m: f"{key}: {m}"
+                given[key], value.to(given[key].dtype), rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}"
             )
 
 
