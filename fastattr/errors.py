@@ -20,6 +20,14 @@ class FastattrError(Exception):
     """Root of all errors of this package."""
 
 
+def how_to_install(extra: str) -> str:
+    """What to type for an optional dependency group, to end the message of an error.
+
+    fastattr is on no package index, so `pip install fastattr[log]` would fail or fetch somebody else's package.
+    """
+    return f'in a clone of the fastattr repository run: pip install ".[{extra}]"'
+
+
 class InputError(FastattrError, ValueError):
     """An argument is wrong."""
 

@@ -6,6 +6,7 @@
 
 from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
+from fastattr.adapters.content import model_content
 from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
 from fastattr.adapters.exports import ExportedStates, read_sglang, read_vllm
@@ -46,6 +47,7 @@ __all__ = [
     "hide_loading_bars",
     "load",
     "log_probs_of_images",
+    "model_content",
     "read_sglang",
     "read_vllm",
     "register_adapter",

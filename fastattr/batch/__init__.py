@@ -1,8 +1,8 @@
 """Whole data sets: every row explained once, whatever dies meanwhile.
 
 The shard is the unit of work and of commit: one Parquet object in the log's schema, published in one step. `run` goes on
-where an earlier call ended; `fastattr log` reads the output. Needs `pip install 'fastattr[log]'`, on a cluster
-`'fastattr[ray]'`.
+where an earlier call ended; `fastattr log` reads the output. Needs the packages of `pip install ".[log]"`, run in a clone
+of the repository; on a cluster those of `".[ray]"`.
 """
 
 from fastattr.batch.output import Failure

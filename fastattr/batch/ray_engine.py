@@ -1,6 +1,6 @@
 """Shards on a Ray cluster: one actor a worker, each with a model of its own. Which machine, and when, is for Ray to decide.
 
-The only module that imports Ray: `pip install 'fastattr[ray]'`.
+The only module that imports Ray: `pip install ".[ray]"`, run in a clone of the repository.
 """
 
 from __future__ import annotations

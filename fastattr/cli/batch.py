@@ -19,7 +19,7 @@ import typer
 from tqdm import tqdm
 
 from fastattr.cli.output import parse_scales
-from fastattr.errors import InputError
+from fastattr.errors import InputError, how_to_install
 
 if TYPE_CHECKING:
     from fastattr.batch import Progress, Summary
@@ -79,7 +79,10 @@ def batch(
     ray_gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of a Ray worker.")] = 0.0,
     json_progress: Annotated[bool, typer.Option("--json-progress", help="Progress and summary as JSON lines.")] = False,
 ) -> None:
-    """Explain every row of a data set into a log that fastattr log reads; run it again to go on."""
+    """Explain every row of a data set into a log.
+
+    fastattr log reads it. Run the same command again to go on after an interruption.
+    """
     engine, run, fields = _imports(ray)
     from fastattr.evaluate import METHODS
     from fastattr.types import AttributionConfig
@@ -131,7 +134,7 @@ def _imports(ray: str | None) -> tuple[Any, Any, Any]:
         return ray_engine.run, run, Fields
     except ImportError as error:
         extra = "ray" if ray is not None and (error.name or "").startswith("ray") else "log"
-        raise InputError(f"fastattr batch needs more packages ({error}); pip install 'fastattr[{extra}]'") from error
+        raise InputError(f"fastattr batch needs more packages ({error}); {how_to_install(extra)}") from error
 
 
 @contextmanager

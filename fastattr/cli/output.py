@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
 import fastattr
 from fastattr.errors import InputError, SaveError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 
@@ -48,17 +50,13 @@ def _cell(value: object, widest: int) -> str:
 
 
 def write(explained: list[fastattr.Attribution], out: Path) -> None:
-    """Write attributions of one response in the format of the suffix."""
+    """Write attributions of one response in the format of the suffix, see `check_output`."""
     from fastattr.storage import whole_file
 
-    check_suffix(out)
-    first, others = explained[0], explained[1:]
+    first, *others = explained
     if out.suffix == ".html":
         first.to_html(out, others=others)
-        return
-    if others:
-        raise InputError(f"{str(out)!r} holds one method; got {len(explained)}. Only .html shows several")
-    if out.suffix == ".safetensors":
+    elif out.suffix == ".safetensors":
         first.save(out)
     elif out.suffix == ".png":
         first.to_png(out)
@@ -67,9 +65,15 @@ def write(explained: list[fastattr.Attribution], out: Path) -> None:
             file.write(json.dumps(as_dict(first, maps=True)).encode())
 
 
-def check_suffix(out: Path) -> None:
+def check_output(out: Path, n_methods: int = 1) -> None:
+    """Find out before the work whether `write` can write so many attributions there. Raises `InputError`, `SaveError`."""
+    from fastattr.storage import check_writable
+
     if out.suffix not in (".html", ".safetensors", ".png", ".json"):
         raise SaveError(f"{str(out)!r} ends in {out.suffix!r}, expected .html, .safetensors, .png or .json")
+    if n_methods > 1 and out.suffix != ".html":
+        raise InputError(f"{str(out)!r} holds one method; got {n_methods}. Only .html shows several")
+    check_writable(out)
 
 
 def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
