@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastattr import ops
-from fastattr.errors import InputError
 from fastattr.types import AttributionConfig, OutputHead, ScaleStates
 
 
@@ -25,9 +24,6 @@ def rankings(rows: Sequence[ScaleStates], head: OutputHead, top_k: int, backend:
 
     Returns:
         of each row ordered ids int32 `[context k]` and the targets' log-probabilities in nats `[target]`.
-
-    Raises:
-        InputError: when `top_k` is larger than the vocabulary.
     """
     predictions = [row.predictions for row in rows]
     ids, logsumexp = rank(torch.cat(predictions), head, top_k, backend)
@@ -48,13 +44,7 @@ def rankings(rows: Sequence[ScaleStates], head: OutputHead, top_k: int, backend:
 
 
 def rank(states: Tensor, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """What the model ranks highest in each of `states [n dim]`: ordered ids int32 `[n k]`, and logsumexp `[n]`.
-
-    Raises:
-        InputError: when `top_k` is larger than the vocabulary.
-    """
-    if top_k > head.vocab:
-        raise InputError(f"top_k is {top_k}, expected at most {head.vocab}, the size of the vocabulary")
+    """What the model ranks highest in each of `states [n dim]`: ordered ids int32 `[n k]`, and logsumexp `[n]`."""
     ids, _, logsumexp = ops.lm_head_summary(
         states,
         head.weight,

@@ -68,8 +68,7 @@ def explain_responses(
     memory_limit: int | None = None,
 ) -> list[TokenMaps]:
     """`explain_states` of several responses; what needs the vocabulary is done for all of them at once."""
-    if not config.scales:
-        raise InputError("scales is empty, expected one for each reading, for example (1.0,)")
+    config = config.resolve(config.known_scales, head.vocab)
     for readings in rows:
         for reading in readings:
             check_states(reading, head)
@@ -99,7 +98,7 @@ def _explain(
     memory_limit: int | None,
 ) -> TokenMaps:
     """One response whose readings were checked."""
-    base = readings[base_scale(config.scales)]
+    base = readings[base_scale(config.known_scales)]
     grids = common_grids([reading.layout for reading in readings])
     device, layout = base.hidden_states.device, base.layout
     n_targets, n_context = layout.n_targets, len(layout.context)
@@ -108,7 +107,7 @@ def _explain(
         context=n_context,
         pixels=sum(t * h * w for t, h, w in grids),
         image=sum(reading.layout.n_image for reading in readings),
-        rankings=config.top_k if config.method == "arc" else 0,
+        rankings=config.known_top_k if config.method == "arc" else 0,
         dim=base.hidden_states.shape[1],
     )
     cut = plan(shape, device, memory_limit)
@@ -241,17 +240,19 @@ def predict(rows: Sequence[Sequence[ScaleStates]], head: OutputHead, config: Att
     Args:
         rows: of each response one reading for each scale.
     """
-    base = base_scale(config.scales)
+    base = base_scale(config.known_scales)
     bases = [readings[base] for readings in rows]
     ranked: Sequence[Tensor | None] = [None] * len(rows)
     if config.method == "arc":
         backend = ops.resolve(config.backend, bases[0].hidden_states.device)
-        ranked, own = zip(*rankings(bases, head, config.top_k, backend), strict=True)
+        ranked, own = zip(*rankings(bases, head, config.known_top_k, backend), strict=True)
     else:
         own = tuple(log_probs_of_all(bases, head))
     others = iter(log_probs_of_all([each for row in rows for s, each in enumerate(row) if s != base], head))
     return [
-        Predicted(ids, torch.stack([mine if s == base else next(others) for s in range(len(config.scales))], dim=1))
+        Predicted(
+            ids, torch.stack([mine if s == base else next(others) for s in range(len(config.known_scales))], dim=1)
+        )
         for ids, mine in zip(ranked, own, strict=True)
     ]
 
@@ -266,7 +267,7 @@ def share_work(
     keep_lit: bool,
 ) -> Shared:
     """What the model predicts, how far its decision holds at every scale, and what all context lights up."""
-    index = base_scale(config.scales)
+    index = base_scale(config.known_scales)
     agreement = (predicted.log_prob - predicted.log_prob[:, [index]]).exp()
     return Shared(
         readings=tuple(readings),

@@ -56,7 +56,7 @@ def scale_weights(agreement: Tensor, config: AttributionConfig) -> Tensor:
     With `decision_weight` a scale counts, for each target, by how far the model makes the same decision
     there: its probability of the target relative to the base scale's, at most 1.
     """
-    given = config.scale_weights or tuple(scale**2 for scale in config.scales)
+    given = config.scale_weights or tuple(scale**2 for scale in config.known_scales)
     weights = torch.tensor(given, device=agreement.device).expand_as(agreement)
     if config.decision_weight:
         weights = weights * agreement.clamp(max=1.0)

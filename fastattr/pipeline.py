@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastattr import ops
 from fastattr.chat import PICTURES, Chat, Messages, Prompt, read_prompt, text_of
+from fastattr.config import AnyConfig, ConfigChanges, configure
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
 from fastattr.maps import check_head, check_states, log_probs, log_probs_of_all
@@ -22,9 +23,11 @@ from fastattr.msea import base_scale
 from fastattr.regions import spread, weigh, windows
 from fastattr.targets import Targets, choose_targets
 from fastattr.text import Decode, decode_tokens, show_ids
-from fastattr.types import Attribution, AttributionConfig, Method, OutputHead, ScaleStates, TokenLayout, TokenMaps
+from fastattr.types import Attribution, AttributionConfig, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastattr.adapters import CapturedStates, Model
     from fastattr.calibration import Calibration
 
@@ -36,25 +39,12 @@ def attribute(
     image: ImageLike | Sequence[ImageLike] | None,
     prompt: str | Messages | Chat,
     response: str | Sequence[int] | Tensor | None = None,
+    config: AnyConfig = None,
     *,
-    method: Method = "arc",
-    scales: Sequence[float] | None = None,
-    scale_weights: Sequence[float] | None = None,
-    decision_weight: bool = False,
-    scale_mean: Literal["arithmetic", "geometric"] = "arithmetic",
-    aggregate: Literal["before", "after"] = "before",
-    top_k: int = 50,
-    rbo_p: float = 0.9,
-    arc_weight: Literal["product", "relevance"] = "product",
-    context: Literal["all", "prompt", "response"] = "all",
-    layer: int = -1,
-    filter: bool | None = True,
-    regions: int = 0,
-    evidence: bool = True,
-    backend: Literal["auto", "triton", "torch"] = "auto",
     max_new_tokens: int = 256,
     targets: Targets | None = None,
     memory_limit: int | None = None,
+    **changes: Unpack[ConfigChanges],
 ) -> Attribution:
     """Explain every token of a response: where in the images, from which words, seen or made up.
 
@@ -66,13 +56,13 @@ def attribute(
             tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context.
         response: text, or token ids that are never re-tokenised; None lets the model answer (greedy,
             at most `max_new_tokens`).
+        config: an `AttributionConfig` or the name of one: `lens`, `tam`, `arc` (the default) or `best`, at other scales as
+            in `"tam@1+1.5+2"`. `best` has the most exact maps and takes 50 more forwards a picture.
         targets: explain these tokens alone: `"fields"` for the values of a JSON answer, words, indices, a compiled
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
-        scales: image sizes relative to the model's own; `model.scales` if not given: 1, 1.5 and 2, or 1 alone where the
-            model reads pictures in tiles or always with the same number of tokens.
-        method, ...: see `AttributionConfig`, which documents every option and its default.
+        **changes: options of `AttributionConfig` that replace those of `config`; `method="best"` is `config="best"`.
 
     Returns:
         one map per response token and image, on the CPU.
@@ -80,27 +70,10 @@ def attribute(
     Raises:
         ImageError, InputError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError.
     """
-    config = AttributionConfig(
-        method=method,
-        scales=() if scales is None else cast("tuple[float, ...]", scales),
-        scale_weights=None if scale_weights is None else tuple(scale_weights),
-        decision_weight=decision_weight,
-        scale_mean=scale_mean,
-        aggregate=aggregate,
-        top_k=top_k,
-        rbo_p=rbo_p,
-        arc_weight=arc_weight,
-        context=context,
-        layer=layer,
-        filter=filter,
-        regions=regions,
-        evidence=evidence,
-        backend=backend,
-    )
-    config = config.at(model.scales)
+    chosen = _for_model(configure(config, changes), model)
     row = (image, prompt, response)
     return _attribute_rows(
-        model, [row], config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
+        model, [row], chosen, max_new_tokens=max_new_tokens, targets=targets, memory_limit=memory_limit
     )[0]
 
 
@@ -109,10 +82,11 @@ def attribute_batch(
     rows: Iterable[
         tuple[ImageLike | Sequence[ImageLike] | None, str | Messages | Chat, str | Sequence[int] | Tensor | None]
     ],
-    config: AttributionConfig | None = None,
+    config: AnyConfig = None,
     *,
     max_new_tokens: int = 256,
     targets: Targets | None = None,
+    **changes: Unpack[ConfigChanges],
 ) -> list[Attribution]:
     """Explain several responses at once: one forward a scale reads all of them, whatever their lengths.
 
@@ -121,8 +95,9 @@ def attribute_batch(
 
     Args:
         rows: image or images, prompt and response of each, as for `attribute`.
-        config: every choice of the method; the defaults at `model.scales` if not given.
+        config: an `AttributionConfig` or the name of one, as for `attribute`.
         targets: as for `attribute`, of every row.
+        **changes: options that replace those of `config`, as for `attribute`.
 
     Returns:
         one attribution a row, in order.
@@ -132,13 +107,20 @@ def attribute_batch(
         ImageError, ScaleError, TokenLayoutError, StatesError, UnsupportedModelError, BackendError: as `attribute`, for
             the first row that is at fault.
     """
-    config = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
-    if config.compat is not None:
-        raise InputError("compat='tam' is for attribute_states; a model's answers are explained without")
+    chosen = _for_model(configure(config, changes), model)
     given = list(rows)
     if not given:
         raise InputError("got no rows, expected at least one (image, prompt, response)")
-    return _attribute_rows(model, given, config, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
+    return _attribute_rows(model, given, chosen, max_new_tokens=max_new_tokens, targets=targets, memory_limit=None)
+
+
+def _for_model(config: AttributionConfig, model: Model) -> AttributionConfig:
+    """What the configuration leaves open filled in from the model. Raises `InputError`."""
+    if config.compat is not None:
+        raise InputError(
+            f"compat={config.compat!r} is for attribute_states; a model's answers are explained without it"
+        )
+    return config.resolve(model.scales, model.head.vocab)
 
 
 def _attribute_rows(
@@ -157,21 +139,24 @@ def _attribute_rows(
     wrong = [len(row) for row in rows if len(row) != 3]
     if wrong:
         raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
+    if config.regions and memory_limit is not None:
+        raise InputError(f"regions={config.regions} weighs all maps at once; leave memory_limit out, or use regions=0")
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
     given = [read_prompt(image, prompt) for image, prompt, _ in rows]
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
-    encoded = [adapters.encode_scales(model, seen, prompt, config.scales) for seen, prompt in given]
+    scales = config.known_scales
+    encoded = [adapters.encode_scales(model, seen, prompt, scales) for seen, prompt in given]
     responses = []
     for (seen, prompt), each, (_, _, response) in zip(given, encoded, rows, strict=True):
         if response is None:
-            plain = adapters.encode(model, seen, prompt) if 1.0 not in config.scales else each[config.scales.index(1.0)]
+            plain = adapters.encode(model, seen, prompt) if 1.0 not in scales else each[scales.index(1.0)]
             responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens))
         else:
             responses.append(adapters.encode_response(model, response))
 
     by_scale = [
         adapters.replay_batch(model, [each[s] for each in encoded], responses, layer=config.layer)
-        for s in range(len(config.scales))
+        for s in range(len(scales))
     ]
     blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
     readings = [[read[i] for read in by_scale] for i in range(len(rows))]
@@ -179,8 +164,6 @@ def _attribute_rows(
         None if targets is None else choose_targets(targets, decode_tokens(each.tolist(), model.decode))
         for each in responses
     ]
-    if config.regions and memory_limit is not None:
-        raise InputError("regions=n weighs all maps at once; leave memory_limit out, or use regions=0")
     explained = explain_responses(readings, model.head, config, targets=chosen, memory_limit=memory_limit)
     found = []
     for maps, mine, seen, prompt, asked, without in zip(
@@ -212,25 +195,14 @@ def attribute_states(
     output_embeddings: Tensor | OutputHead,
     input_ids: Tensor | Sequence[Tensor],
     layout: TokenLayout | Sequence[TokenLayout],
+    config: AnyConfig = None,
     *,
-    method: Method = "tam",
-    compat: Literal["tam"] | None = None,
-    scales: Sequence[float] = (1.0,),
-    scale_weights: Sequence[float] | None = None,
-    decision_weight: bool = False,
-    scale_mean: Literal["arithmetic", "geometric"] = "arithmetic",
-    aggregate: Literal["before", "after"] = "before",
-    top_k: int = 50,
-    rbo_p: float = 0.9,
-    arc_weight: Literal["product", "relevance"] = "product",
-    context: Literal["all", "prompt", "response"] = "all",
-    filter: bool | None = True,
-    backend: Literal["auto", "triton", "torch"] = "auto",
     memory_limit: int | None = None,
     tokenizer: Any = None,
     image: ImageLike | Sequence[ImageLike] | None = None,
+    **changes: Unpack[ConfigChanges],
 ) -> Attribution:
-    """Explain from the tensors of any engine.
+    """Explain from the tensors of any engine, without its model, and so without evidence.
 
     Args:
         hidden_states: `[seq - 1 dim]` (or `[seq dim]`), last layer after the final norm, exactly what the
@@ -238,42 +210,39 @@ def attribute_states(
         output_embeddings: `[vocab dim]`, or an `OutputHead` with bias, scale and soft-cap.
         input_ids: int `[seq]`, prompt then response; one for each scale.
         layout: which positions are what; one for each scale.
-        compat: `"tam"` reproduces the reference implementation with its quirks.
+        config: an `AttributionConfig` or the name of one, `tam` by default. It must name the scales that the states were
+            read at, as `arc@1` does: nobody else knows them.
         tokenizer: for token texts; ids are shown without one.
         image: pictures for overlays; maps are the same without them.
+        **changes: options that replace those of `config`, as for `attribute`. `compat="tam"` reproduces the reference
+            implementation with its quirks.
 
     Raises:
-        StatesError, TokenLayoutError, InputError: something does not fit; the message says what.
+        StatesError, TokenLayoutError, InputError: something does not fit, or the configuration needs the model; the
+            message says what.
     """
-    config = AttributionConfig(
-        method=method,
-        compat=compat,
-        scales=tuple(scales),
-        scale_weights=None if scale_weights is None else tuple(scale_weights),
-        decision_weight=decision_weight,
-        scale_mean=scale_mean,
-        aggregate=aggregate,
-        top_k=top_k,
-        rbo_p=rbo_p,
-        arc_weight=arc_weight,
-        context=context,
-        filter=filter,
-        evidence=False,
-        backend=backend,
-    )
-    if not config.scales:
-        raise InputError("scales is empty, expected one number for each of hidden_states, for example (1.0,)")
+    chosen = replace(configure(config, changes, default="tam"), evidence=False)
+    if changes.get("evidence"):
+        raise InputError("evidence=True blanks the images and asks the model, which is not here; use attribute")
+    _refuse_without_model(chosen, "use attribute, or leave it out")
+    if chosen.scales is None:
+        raise InputError(
+            "scales is None, the model's own, but only you know at which the states were read; name them, for one scale "
+            "config='arc@1' or scales=(1.0,)"
+        )
+    scales = chosen.scales
     every = [_as_list(value) for value in (hidden_states, input_ids, layout)]
-    if {len(each) for each in every} != {len(config.scales)}:
+    if {len(each) for each in every} != {len(scales)}:
         raise InputError(
             f"got {len(every[0])} hidden_states, {len(every[1])} input_ids and {len(every[2])} layouts for "
-            f"{len(config.scales)} scales {config.scales}, expected one of each a scale"
+            f"{len(scales)} scales {scales}, expected one of each a scale"
         )
-    readings = [ScaleStates(h, i, la, s) for h, i, la, s in zip(*every, config.scales, strict=True)]
+    readings = [ScaleStates(h, i, la, s) for h, i, la, s in zip(*every, scales, strict=True)]
     head = output_embeddings if isinstance(output_embeddings, OutputHead) else OutputHead(output_embeddings)
     check_states(readings[0], head)  # shapes and devices first
     check_head(head)
-    maps = explain_states(readings, head, config, memory_limit=memory_limit)
+    chosen = chosen.resolve(scales, head.vocab)
+    maps = explain_states(readings, head, chosen, memory_limit=memory_limit)
     visuals = () if image is None else read_visuals(image)
     if visuals and len(visuals) != len(maps.image):
         raise InputError(
@@ -283,28 +252,22 @@ def attribute_states(
     return finish(
         maps,
         readings,
-        config,
+        chosen,
         decode=decode,
         visuals=visuals,
         source="states",
-        notes=notes_of(maps, readings[0].layout, config, visuals),
+        notes=notes_of(maps, readings[0].layout, chosen, visuals),
     )
 
 
 def attribute_captured(
     states: CapturedStates,
     out: Any,
+    config: AnyConfig = None,
     *,
     image: ImageLike | Sequence[ImageLike] | None = None,
     prompt: str | Messages | Chat | None = None,
-    method: Method = "arc",
-    top_k: int = 50,
-    rbo_p: float = 0.9,
-    arc_weight: Literal["product", "relevance"] = "product",
-    context: Literal["all", "prompt", "response"] = "all",
-    filter: bool | None = True,
-    evidence: bool = False,
-    backend: Literal["auto", "triton", "torch"] = "auto",
+    **changes: Unpack[ConfigChanges],
 ) -> Attribution:
     """Explain what a captured `generate` returned, at the one scale the model saw, without another forward.
 
@@ -315,35 +278,39 @@ def attribute_captured(
         out: the sequence `[1 seq]` or the output object of `generate`.
         image: pictures for overlays and evidence.
         prompt: the user's text, or the messages, to tell them from the chat template.
-        evidence: run one forward of the same tokens with the image blanked; needs `image`.
+        config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open are the one that was
+            captured. Its evidence does not count, since that takes a forward: ask with `evidence=True`.
+        **changes: options that replace those of `config`, as for `attribute`. `evidence=True` runs one forward of the
+            same tokens with the image blanked and needs `image`.
 
     Raises:
-        InputError: nothing was captured, `out` holds several sequences, or `image` is not what `generate` was given.
+        InputError: nothing was captured, `out` holds several sequences, `image` is not what `generate` was given, or the
+            configuration asks for more than was captured: other scales, another layer, or `regions`.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     from fastattr.adapters import captured_reading
 
-    config = AttributionConfig(
-        method=method,
-        scales=(1.0,),
-        top_k=top_k,
-        rbo_p=rbo_p,
-        arc_weight=arc_weight,
-        context=context,
-        filter=filter,
-        evidence=evidence,
-        backend=backend,
-    )
+    evidence = bool(changes.get("evidence", False))
+    chosen = replace(configure(config, changes, default="arc@1"), evidence=evidence)
+    instead = "use attribute with the image, the prompt and the response ids, or leave it out"
+    if chosen.compat is not None:
+        raise InputError(f"compat={chosen.compat!r} is for attribute_states; leave it out")
+    _refuse_without_model(chosen, instead)
+    chosen = chosen.resolve((1.0,), states.model.head.vocab)
+    if chosen.scales != (1.0,):
+        raise InputError(
+            f"scales are {chosen.scales}, but only the scale that the model saw, 1, was captured; {instead}"
+        )
     visuals, said = _captured_prompt(image, prompt)
     if evidence and not visuals:
         raise InputError("evidence=True blanks the images, so pass the same as image= that generate was given")
     reading, source = captured_reading(states, out, visuals=visuals, prompt=said)
-    maps = explain_states([reading], states.model.head, config)
+    maps = explain_states([reading], states.model.head, chosen)
     seen = None
     if evidence:
         blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
         seen = maps.log_prob - log_probs(blanked, states.model.head).cpu()
-    notes = notes_of(maps, reading.layout, config, visuals, takes_videos=states.model.takes_videos)
+    notes = notes_of(maps, reading.layout, chosen, visuals, takes_videos=states.model.takes_videos)
     if not visuals and not states.model.family.resized:
         notes += (
             "the images were not given, so where their processor crops, the part that the maps cover is not known",
@@ -355,7 +322,7 @@ def attribute_captured(
     return finish(
         maps,
         [reading],
-        config,
+        chosen,
         decode=states.model.decode,
         evidence=seen,
         visuals=visuals,
@@ -365,6 +332,14 @@ def attribute_captured(
         source=source,
         notes=notes,
     )
+
+
+def _refuse_without_model(config: AttributionConfig, instead: str) -> None:
+    """Raises `InputError` where the configuration needs other states than those of the last layer, or another forward."""
+    if config.regions:
+        raise InputError(f"regions={config.regions} hides parts of the images and asks the model again; {instead}")
+    if config.layer != -1:
+        raise InputError(f"layer={config.layer}, but the states are those of the last layer, -1; {instead}")
 
 
 def _captured_prompt(image: Any, prompt: Any) -> tuple[tuple[Visual, ...], Prompt | None]:
@@ -448,7 +423,8 @@ def _blanked(
     """Log-probability in nats of every target of each row with its images blanked, `[target]`: one more forward."""
     from fastattr import adapters
 
-    scale = config.scales[base_scale(config.scales)]  # the scale maps.log_prob was read at
+    scales = config.known_scales
+    scale = scales[base_scale(scales)]  # the scale maps.log_prob was read at
     encoded = [
         adapters.encode(model, [visual.blank() for visual in seen], prompt, scale=scale)
         for seen, prompt in zip(visuals, prompts, strict=True)
@@ -546,7 +522,7 @@ def notes_of(
         if len(group.views) > 1:
             which = "the picture" if len(layout.images) == 1 else f"picture {i}"
             notes.append(f"the model reads {which} in {len(group.views)} views, tiles and the whole, put together here")
-    for s, scale in enumerate(config.scales):
+    for s, scale in enumerate(config.known_scales):
         low = int((maps.agreement[:, s] < LOW_AGREEMENT).sum())
         if low:
             notes.append(

@@ -20,8 +20,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastattr.calibration import Calibration
+from fastattr.config import from_saved
 from fastattr.errors import InputError, SaveError
-from fastattr.types import Attribution, AttributionConfig
+from fastattr.types import Attribution
 
 FORMAT = 2
 
@@ -104,7 +105,7 @@ def load(path: str | Path) -> Attribution:
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
-        config=AttributionConfig(**{name: _frozen(value) for name, value in manifest["config"].items()}),
+        config=from_saved(manifest["config"]),
         calibration=None if calibration is None else Calibration(**calibration),
         **values,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.arc import rank
 from fastattr.chat import Chat, Messages, Prompt, read_prompt, text_of
+from fastattr.config import AnyConfig, ConfigChanges, configure
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
@@ -23,6 +24,8 @@ from fastattr.text import decode_tokens
 from fastattr.types import Attribution, AttributionConfig, ScaleStates, TokenMaps
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fastattr.adapters import Decoder, Model
 
 
@@ -88,9 +91,10 @@ def stream(
     image: ImageLike | Sequence[ImageLike] | None,
     prompt: str | Messages | Chat,
     tokens: Iterable[int] | None = None,
+    config: AnyConfig = None,
     *,
-    config: AttributionConfig | None = None,
     max_new_tokens: int = 256,
+    **changes: Unpack[ConfigChanges],
 ) -> Stream:
     """Explain a response while it is being written.
 
@@ -104,20 +108,30 @@ def stream(
     Args:
         tokens: ids as they are said, by whatever engine; a `TokenStream` takes them from `generate`. None lets the
             model answer by itself, greedily, at most `max_new_tokens`.
-        config: every choice of the method; the defaults at `model.scales` if not given. Without `regions` and `compat`.
+        config: an `AttributionConfig` or the name of one, as for `attribute`; without `regions` and `compat`, so not `best`.
+        **changes: options that replace those of `config`, as for `attribute`.
 
     Raises:
         InputError: the configuration asks for what needs the whole response.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
-    chosen = (AttributionConfig(scales=()) if config is None else config).at(model.scales)
-    if chosen.regions or chosen.compat is not None:
-        raise InputError(
-            f"regions={chosen.regions} and compat={chosen.compat!r} need the whole response; stream without, or use attribute"
-        )
+    chosen = configure(config, changes)
+    check_streamable(chosen)
+    chosen = chosen.resolve(model.scales, model.head.vocab)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens)
+
+
+def check_streamable(config: AttributionConfig) -> None:
+    """Raises `InputError` where a configuration needs the whole response."""
+    if config.regions:
+        raise InputError(
+            f"regions={config.regions} needs the whole response; stream with regions=0, or with another method than best, "
+            "or use attribute"
+        )
+    if config.compat is not None:
+        raise InputError(f"compat={config.compat!r} is for attribute_states; stream without it")
 
 
 class Stream:
@@ -136,18 +150,17 @@ class Stream:
 
         self._model, self._visuals, self._prompt, self._config = model, tuple(visuals), prompt, config
         self._backend = ops.resolve(config.backend, model.head.weight.device)
-        self._base = base_scale(config.scales)
-        encoded = encode_scales(model, visuals, prompt, config.scales)
+        self._scales = scales = config.known_scales
+        self._base = base_scale(scales)
+        encoded = encode_scales(model, visuals, prompt, scales)
         self._decoders = [Decoder(model, each, layer=config.layer) for each in encoded]
         self._own: Decoder | None = None
         if tokens is None:
-            plain = 1.0 in config.scales
-            self._own = (
-                self._decoders[config.scales.index(1.0)] if plain else Decoder(model, encode(model, visuals, prompt))
-            )
+            plain = 1.0 in scales
+            self._own = self._decoders[scales.index(1.0)] if plain else Decoder(model, encode(model, visuals, prompt))
         self._blank: Decoder | None = None
         if config.evidence:
-            scale = config.scales[self._base]
+            scale = scales[self._base]
             self._blank = Decoder(model, encode(model, [visual.blank() for visual in visuals], prompt, scale=scale))
         self._tokens = iter(self._greedy(max_new_tokens) if tokens is None else tokens)
         self._ids: list[int] = []
@@ -320,7 +333,7 @@ class Stream:
         """
         said = [0] if placeholder else self._ids
         readings = []
-        for decoder, scale in zip(self._decoders, self._config.scales, strict=True):
+        for decoder, scale in zip(self._decoders, self._scales, strict=True):
             prompt = decoder.encoded.input_ids
             ids = torch.cat([prompt, torch.tensor(said, dtype=prompt.dtype, device=prompt.device)])
             stop = len(ids) - 1
@@ -337,7 +350,7 @@ class Stream:
         return tuple(readings)
 
     def _rankings(self, states: Tensor) -> Tensor:
-        return rank(states, self._model.head, self._config.top_k, self._backend)[0]
+        return rank(states, self._model.head, self._config.known_top_k, self._backend)[0]
 
     def _said(self, state: Tensor, token_id: int) -> Tensor:
         """Log-probability of a token, `[1]` in nats."""

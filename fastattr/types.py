@@ -28,6 +28,8 @@ Box = tuple[float, float, float, float]
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 MAX_SCALE = 8.0
 MAX_REGIONS = 32
+DEFAULT_SCALES = (1.0, 1.5, 2.0)  # of a model that can be shown pictures at several sizes
+DEFAULT_TOP_K = 50
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,15 @@ class AttributionConfig:
     Attributes:
         method: `lens` (activation alone), `tam` (interference weighted by activation) or `arc`
             (interference weighted by how differently a context token predicts).
-        scales: image sizes relative to the model's own; several of them make it MSEA. None at all, `()`, leaves them to the
-            model, see `at`.
+        scales: image sizes relative to the model's own; several of them make it MSEA. None leaves them to the model:
+            `DEFAULT_SCALES`, or 1 alone where it reads pictures in tiles or always with the same number of tokens.
         scale_weights: one weight a scale; `scale^2`, the share of its image tokens, when None.
         decision_weight: weight each scale, per target, by how far the model still says the target there.
         scale_mean: `arithmetic` is MSEA's weighted sum; `geometric`, our own, is the weighted geometric mean, where a
             place that is dark at one scale stays dark.
         aggregate: bring the scales together `before` or `after` interference is removed.
-        top_k: depth of the rankings compared (ARC).
+        top_k: depth of the rankings compared (ARC); `DEFAULT_TOP_K`, or the whole vocabulary where that is smaller, when
+            None.
         rbo_p: persistence of the rank-biased overlap; larger looks deeper (ARC).
         arc_weight: `product` is activation times `1 - relevance`; `relevance` is `1 - relevance` alone.
         context: which earlier tokens may count as interference.
@@ -60,12 +63,12 @@ class AttributionConfig:
     """
 
     method: Method = "arc"
-    scales: tuple[float, ...] = (1.0, 1.5, 2.0)
+    scales: tuple[float, ...] | None = None
     scale_weights: tuple[float, ...] | None = None
     decision_weight: bool = False
     scale_mean: Literal["arithmetic", "geometric"] = "arithmetic"
     aggregate: Literal["before", "after"] = "before"
-    top_k: int = 50
+    top_k: int | None = None
     rbo_p: float = 0.9
     arc_weight: Literal["product", "relevance"] = "product"
     context: Literal["all", "prompt", "response"] = "all"
@@ -77,12 +80,16 @@ class AttributionConfig:
     backend: Literal["auto", "triton", "torch"] = "auto"
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "scales", tuple(float(s) for s in self.scales))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"scales is {self.scales!r}, expected numbers, for example (1.0, 1.5, 2.0)") from error
-        if self.scale_weights is not None:
-            object.__setattr__(self, "scale_weights", tuple(float(w) for w in self.scale_weights))
+        for name in ("scales", "scale_weights"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            try:
+                if isinstance(given, str):  # "15" would be read as 1 and 5
+                    raise TypeError
+                object.__setattr__(self, name, tuple(float(number) for number in given))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{name} is {given!r}, expected numbers, for example (1.0, 1.5, 2.0)") from error
         for name, allowed in (
             ("method", get_args(Method)),
             ("scale_mean", ("arithmetic", "geometric")),
@@ -97,7 +104,9 @@ class AttributionConfig:
                 known = ", ".join(repr(value) for value in allowed)
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
         self._check_scales()
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1:
+        if self.top_k is not None and (
+            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
+        ):
             raise InputError(f"top_k is {self.top_k!r}, expected a whole number of at least 1")
         if isinstance(self.regions, bool) or not isinstance(self.regions, int) or not 0 <= self.regions <= MAX_REGIONS:
             raise InputError(f"regions is {self.regions!r}, expected a whole number from 0 (none) to {MAX_REGIONS}")
@@ -105,31 +114,67 @@ class AttributionConfig:
             raise InputError(f"layer is {self.layer!r}, expected a whole number, -1 for the last")
         if not isinstance(self.rbo_p, int | float) or not 0.0 < self.rbo_p < 1.0:
             raise InputError(f"rbo_p is {self.rbo_p!r}, expected a number between 0 and 1, both excluded")
-        if self.compat == "tam" and (self.method != "tam" or len(self.scales) != 1 or self.context != "all"):
+        if self.compat == "tam" and (
+            self.method != "tam" or self.scales is None or len(self.scales) != 1 or self.context != "all"
+        ):
             raise InputError(
                 f"compat='tam' reproduces one-scale TAM, but method is {self.method!r}, scales are {self.scales} and "
                 f"context is {self.context!r}; use method='tam', scales=(1.0,), context='all'"
             )
 
-    def at(self, scales: tuple[float, ...]) -> AttributionConfig:
-        """The same at these scales, where it leaves them open."""
-        return self if self.scales else replace(self, scales=scales)
+    @property
+    def known_scales(self) -> tuple[float, ...]:
+        """`scales` of a configuration that leaves none open. Raises `InputError`."""
+        if self.scales is None:
+            raise InputError(
+                "scales is None, the model's own, but there is no model here: name them, for example (1.0,)"
+            )
+        return self.scales
+
+    @property
+    def known_top_k(self) -> int:
+        """`top_k`, or its default."""
+        return DEFAULT_TOP_K if self.top_k is None else self.top_k
+
+    def resolve(self, scales: Sequence[float], vocab: int) -> AttributionConfig:
+        """The same with nothing left open.
+
+        Args:
+            scales: of the model, `Model.scales`; used where this configuration names none.
+            vocab: number of ids that the model can predict, `OutputHead.vocab`.
+
+        Raises:
+            InputError: `top_k` is larger than the vocabulary, or there are not as many `scale_weights` as scales.
+        """
+        if self.method == "arc" and self.top_k is not None and self.top_k > vocab:
+            raise InputError(f"top_k is {self.top_k}, expected at most {vocab}, the size of the vocabulary")
+        return replace(
+            self,
+            scales=tuple(scales) if self.scales is None else self.scales,
+            top_k=min(DEFAULT_TOP_K, vocab) if self.top_k is None else self.top_k,
+        )
 
     def _check_scales(self) -> None:
+        weights = self.scale_weights
+        if weights is not None and (
+            not all(math.isfinite(w) and w >= 0 for w in weights) or not 0 < sum(weights) < math.inf
+        ):
+            raise InputError(f"scale_weights is {weights}, expected numbers of at least 0 with a positive sum")
+        if self.scales is None:
+            return
+        if not self.scales:
+            raise InputError(
+                "scales is empty, expected at least one number, for example (1.0, 1.5, 2.0), or None for the model's own"
+            )
         for scale in self.scales:
             if not math.isfinite(scale) or not 0.0 < scale <= MAX_SCALE:
                 raise InputError(f"scales holds {scale}, expected numbers above 0 and at most {MAX_SCALE:g}")
         if len(set(self.scales)) != len(self.scales):
             raise InputError(f"scales {self.scales} holds a number twice, expected distinct scales")
-        weights = self.scale_weights
-        if weights is None or not self.scales:
-            return
-        if len(weights) != len(self.scales):
+        if weights is not None and len(weights) != len(self.scales):
             raise InputError(
                 f"scale_weights holds {len(weights)} numbers for {len(self.scales)} scales, expected one each"
             )
-        if not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
-            raise InputError(f"scale_weights is {weights}, expected numbers of at least 0 with a positive sum")
 
 
 @dataclass(frozen=True)
@@ -410,9 +455,11 @@ class Attribution:
         return len(self.tokens)
 
     def __repr__(self) -> str:
+        from fastattr.config import name_of
+
         shapes = ", ".join("x".join(map(str, m.shape[1:])) for m in self.image)
         text = self.response if len(self.response) <= 60 else self.response[:57] + "..."
-        return f"Attribution({text!r}, {len(self)} tokens, {self.config.method} at scales {self.config.scales}, maps {shapes})"
+        return f"Attribution({text!r}, {len(self)} tokens, {name_of(self.config)}, maps {shapes})"
 
     def __getitem__(self, phrase: str) -> Selection:
         """Select every occurrence of a word or phrase. Raises `PhraseError` if there is none."""

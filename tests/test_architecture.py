@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LEAVES = {"fastattr.errors", "fastattr.types"}
+LEAVES = {"fastattr.errors", "fastattr.types", "fastattr.config"}
 
-# module or package -> what of ours it may import when it is imported, besides errors and types
+# module or package -> what of ours it may import when it is imported, besides errors, types and config
 ARROWS: dict[str, set[str]] = {
     "fastattr": {"fastattr.pipeline", "fastattr.adapters", "fastattr.chat", "fastattr.streaming"},
     "fastattr.__main__": {"fastattr.cli"},
     "fastattr.errors": set(),
     "fastattr.types": set(),
+    "fastattr.config": set(),
     "fastattr.images": set(),
     "fastattr.chat": {"fastattr.images"},
     "fastattr.views": set(),
@@ -125,6 +126,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.log",
         "fastattr.log.dashboard",
         "fastattr.storage",
+        "fastattr.streaming",
         "fastattr.report",
     },
     "fastattr_kernels": {"fastattr_kernels.backend", "fastattr_kernels.reference", "fastattr_kernels.library"},

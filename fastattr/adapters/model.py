@@ -18,7 +18,7 @@ from fastattr.adapters.hooks import device_of, unwrap_peft
 from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
 from fastattr.storage import read_calibration
-from fastattr.types import AttributionConfig, OutputHead
+from fastattr.types import DEFAULT_SCALES, OutputHead
 
 BUNDLED = {"shapes": Path(__file__).parent.parent / "demo" / "shapes"}
 CALIBRATION_FILE = "calibration.json"  # beside the weights
@@ -94,7 +94,7 @@ class Model:
     def scales(self) -> tuple[float, ...]:
         """What pictures are shown at where nobody says: one scale where tiles show them finer already, or nothing else can."""
         several = self.family.enlarge is not None and not self.family.tiles
-        return AttributionConfig().scales if several else (1.0,)
+        return DEFAULT_SCALES if several else (1.0,)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of ids, special tokens kept."""

@@ -113,6 +113,9 @@ class Plan:
             {"name": each.name, "rows": each.n_rows, "bytes": each.n_bytes, "ids": each.ids} for each in self.inputs
         ]
         values = {name: value for name, value in asdict(self).items() if name not in ("day", "inputs")}
+        # as earlier versions wrote them, so that their batches can be gone on with
+        open_choices = {"scales": self.attribution.scales or (), "top_k": self.attribution.known_top_k}
+        values["attribution"] = {**values["attribution"], **open_choices}
         return json.loads(json.dumps({**values, "inputs": inputs}))
 
 

@@ -14,11 +14,11 @@ from fastattr.adapters import hide_loading_bars
 from fastattr.batch.explaining import Ready, backing_off, explain_rows, get_ready, load_model
 from fastattr.batch.shards import make_envelope, to_record
 from fastattr.batch.sources import Fields, to_row
+from fastattr.config import AnyConfig, configure
 from fastattr.errors import InputError
 from fastattr.log.config import Images
 from fastattr.log.record import Content, check_request_id
 from fastattr.log.schema import SCHEMA
-from fastattr.types import AttributionConfig
 
 # a row that failed has only its id
 OUTPUT = pa.schema(
@@ -35,6 +35,7 @@ class RayExplainer:
 
     Args:
         model: what `fastattr.load` takes, or `package.module:function`, called with the device.
+        attribution: an `AttributionConfig`, the name of one, or a mapping of options; `arc` by default.
         fields: which column holds what. Paths of images are taken as they are.
         content, images: what records keep, as of `LogConfig`.
         device: of the model; `cuda` where the actors have a GPU each.
@@ -45,7 +46,7 @@ class RayExplainer:
         self,
         model: str = "shapes",
         *,
-        attribution: AttributionConfig | None = None,
+        attribution: AnyConfig = None,
         fields: Fields | None = None,
         content: Content = "ids",
         images: Images = "hash",
@@ -54,7 +55,7 @@ class RayExplainer:
         input_options: Mapping[str, Any] | None = None,
     ) -> None:
         hide_loading_bars()
-        self._attribution = AttributionConfig(scales=()) if attribution is None else attribution
+        self._attribution = configure(attribution)
         self._fields = Fields() if fields is None else fields
         self._content, self._images, self._max_new_tokens = content, images, max_new_tokens
         self._input_options = input_options

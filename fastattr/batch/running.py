@@ -15,10 +15,10 @@ from fastattr.batch.output import open_output
 from fastattr.batch.plan import Plan, settle, shard_of
 from fastattr.batch.shards import Job, ShardResult, Task, Underway
 from fastattr.batch.sources import Fields, find_inputs, scan
+from fastattr.config import AnyConfig, configure
 from fastattr.errors import InputError
 from fastattr.log.config import Images
 from fastattr.log.record import Content
-from fastattr.types import AttributionConfig
 
 FIRST_ROWS = 1000  # of these so many may fail as if all had been done, so that a bad start ends nothing
 
@@ -82,7 +82,7 @@ def run(
     out: str | Path,
     *,
     model: str = "shapes",
-    attribution: AttributionConfig | None = None,
+    attribution: AnyConfig = None,
     fields: Fields | None = None,
     content: Content = "ids",
     images: Images = "hash",
@@ -106,6 +106,7 @@ def run(
         inputs: files or folders, see `sources.find_inputs`; fields of a row, see `sources.Fields`.
         out: a directory or fsspec URL, of this batch alone.
         model: what `fastattr.load` takes, or `package.module:function`, called in each worker with the device.
+        attribution: an `AttributionConfig`, the name of one, or a mapping of options; `arc` by default.
         content, images: what records keep, as of `LogConfig`.
         max_error_rate: share of failed rows above which the batch is given up; see `Summary.outcome`.
         device: of the models; by default a GPU for each worker where there are some, else the CPU.
@@ -127,7 +128,7 @@ def run(
         day=datetime.now(timezone.utc).date(),
         inputs=(),
         model=model,
-        attribution=AttributionConfig(scales=()) if attribution is None else attribution,
+        attribution=configure(attribution),
         fields=fields,
         content=content,
         images=images,

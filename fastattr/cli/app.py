@@ -24,12 +24,14 @@ import fastattr
 from fastattr.cli import batch, log, worker
 from fastattr.cli.loading import Device, Dtype, DtypeName, choose_device, load_model
 from fastattr.cli.output import (
+    SCALES_HELP,
     Json,
     check_output,
-    parse_scales,
+    chosen_config,
     print_attributions,
     print_table,
     printable,
+    shown_by,
     where,
     write,
 )
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from fastattr.chat import Messages
 
 DEFAULT_PROMPT = "Describe the image."
+DEMO_METHODS = ("best", "arc", "tam", "lens")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,13 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class MethodName(str, Enum):
-    lens = "lens"
-    tam = "tam"
-    arc = "arc"
-    best = "best"
 
 
 class FillName(str, Enum):
@@ -103,7 +99,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Explain drawn scenes with the bundled model, offline."""
-    check_output(out)
+    check_output(out, len(DEMO_METHODS))
+    from fastattr.config import method_of
     from fastattr.demo.examples import EXAMPLES
 
     make = EXAMPLES[example.value]
@@ -114,8 +111,7 @@ def demo(
         response=None,
         model_name="shapes",
         device=device,
-        methods=[MethodName.best, MethodName.arc, MethodName.tam, MethodName.lens],
-        scales=(1.0, 1.5, 2.0),
+        configs=[method_of(name) for name in DEMO_METHODS],
         out=out,
         max_new_tokens=128,
         as_json=as_json,
@@ -139,13 +135,15 @@ def explain(
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
     method: Annotated[
-        list[MethodName] | None,
-        typer.Option("--method", "--methods", help="May be given several times; the first is shown."),
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "--methods",
+            help="lens, tam, arc or best, with scales as in tam@1+1.5+2; several times for several, the first is printed. "
+            "By default arc; best has the most exact maps and reads each picture 50 more times.",
+        ),
     ] = None,
-    scales: Annotated[
-        str | None,
-        typer.Option(help="Image sizes relative to the model's own, comma-separated; 1,1.5,2 where the model can."),
-    ] = None,
+    scales: Annotated[str | None, typer.Option(help=SCALES_HELP)] = None,
     out: Annotated[Path, typer.Option(help="x.html, x.safetensors, x.png or x.json.")] = Path("fastattr.html"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     backend: Annotated[BackendName, typer.Option(help="What computes; auto: triton on a GPU.")] = BackendName.auto,
@@ -159,13 +157,13 @@ def explain(
         raise InputError("got no image, expected IMAGE... or --messages whose parts hold them")
     shown = [_frames(path) if path.is_dir() else path for path in images] if images else None
     asked = _read_messages(messages) if messages is not None else DEFAULT_PROMPT if prompt is None else prompt
+    configs = [chosen_config(name, scales, {"backend": backend.value}) for name in method or ["arc"]]
     if live:
         if response is not None or len(method or ()) > 1:
             raise InputError(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
-        options = {"backend": backend.value, **_method((method or [MethodName.arc])[0])}
-        _explain_live(shown, asked, model, device, dtype, _scales(scales), options, out, max_new_tokens, as_json)
+        _explain_live(shown, asked, model, device, dtype, configs[0], out, max_new_tokens, as_json)
         return
     _explain(
         images=shown,
@@ -174,11 +172,9 @@ def explain(
         model_name=model,
         device=device,
         dtype=dtype,
-        methods=method or [MethodName.arc],
-        scales=_scales(scales),
+        configs=configs,
         out=out,
         max_new_tokens=max_new_tokens,
-        backend=backend,
         as_json=as_json,
         open_browser=False,
     )
@@ -238,7 +234,8 @@ def evaluate(
 ) -> None:
     """Judge maps and evidence on a dataset."""
     from fastattr.adapters import hide_loading_bars
-    from fastattr.evaluate import Settings, Task, method_of, run, summary
+    from fastattr.config import method_of
+    from fastattr.evaluate import Settings, Task, run, summary
 
     if plots:
         from fastattr.evaluate.plots import draw
@@ -307,26 +304,25 @@ def _explain(
     response: str | None,
     model_name: str,
     device: str | None,
-    methods: list[MethodName],
-    scales: tuple[float, ...] | None,
+    configs: Sequence[fastattr.AttributionConfig],
     out: Path,
     max_new_tokens: int,
     as_json: bool,
     open_browser: bool,
-    backend: BackendName = BackendName.auto,
     dtype: DtypeName = DtypeName.auto,
 ) -> None:
-    check_output(out, len(methods))
-    chosen = [{"scales": scales, "backend": backend.value, **_method(method)} for method in methods]
-    device = _check_request(images, prompt, response, chosen, device)
+    from fastattr.config import name_of
+
+    check_output(out, len(configs))
+    device = _check_request(images, prompt, response, device)
     explained: list[fastattr.Attribution] = []
-    with tqdm(total=len(methods) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
+    with tqdm(total=len(configs) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
         model = _load(model_name, device, dtype, progress)
         progress.update()
         answer: Any = response
-        for method, options in zip(methods, chosen, strict=True):
-            _say(progress, f"explaining ({method.value})")
-            why = fastattr.attribute(model, images, prompt, answer, **options, max_new_tokens=max_new_tokens)
+        for config in configs:
+            _say(progress, f"explaining ({name_of(config)})")
+            why = fastattr.attribute(model, images, prompt, answer, config, max_new_tokens=max_new_tokens)
             answer = why.token_ids  # every method explains the same tokens
             explained.append(why)
             progress.update()
@@ -342,20 +338,22 @@ def _explain_live(
     model_name: str,
     device: str | None,
     dtype: DtypeName,
-    scales: tuple[float, ...] | None,
-    options: dict[str, Any],
+    config: fastattr.AttributionConfig,
     out: Path,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
     """Print a line a token; the file and, with JSON, the whole come at the end."""
+    from fastattr.streaming import check_streamable
+
     check_output(out)
-    device = _check_request(images, prompt, None, [{"scales": scales, **options}], device)
+    check_streamable(config)
+    device = _check_request(images, prompt, None, device)
     with tqdm(disable=True) as progress:  # the tokens are the progress
         model = _load(model_name, device, dtype, progress)
-    config = fastattr.AttributionConfig(scales=scales or model.scales, **options)
     streaming = fastattr.stream(model, images, prompt, config=config, max_new_tokens=max_new_tokens)
     if not as_json:
+        print(shown_by([config]))
         print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
     for step in streaming:
         if not as_json:
@@ -371,11 +369,7 @@ def _explain_live(
 
 
 def _check_request(
-    images: Sequence[Any] | None,
-    prompt: str | Messages,
-    response: str | None,
-    options: Sequence[dict[str, Any]],
-    device: str | None,
+    images: Sequence[Any] | None, prompt: str | Messages, response: str | None, device: str | None
 ) -> str:
     """Find what is wrong with a request before a model is loaded for it; returns the device. Raises `InputError`."""
     from fastattr.chat import as_chat, read_prompt
@@ -384,18 +378,12 @@ def _check_request(
     as_chat(asked, len(visuals))
     if response is not None and not response.strip():
         raise InputError(f"--response is {response!r}, expected some text; leave it out and the model answers")
-    for each in options:
-        fastattr.AttributionConfig(**{name: value for name, value in each.items() if value is not None})
     return choose_device(device)
 
 
 def _load(name: str, device: str, dtype: DtypeName, progress: Any) -> Model:
     _say(progress, f"loading {name} on {device}")
     return load_model(name, device, dtype)
-
-
-def _scales(text: str | None) -> tuple[float, ...] | None:
-    return None if text is None else parse_scales(text)
 
 
 _PARTS = re.compile(r"(\d+)")  # text and numbers in turn, so that frame 10 comes behind frame 9
@@ -421,16 +409,6 @@ def _read_messages(path: Path) -> Messages:
     if not isinstance(messages, list):
         raise InputError(f"{str(path)!r} holds {type(messages).__name__}, expected a list of messages")
     return messages
-
-
-def _method(method: MethodName) -> dict[str, Any]:
-    """What `attribute` is asked for."""
-    if method is not MethodName.best:
-        return {"method": method.value}
-    from fastattr.evaluate import METHODS
-
-    best = METHODS["best"]
-    return {name: getattr(best, name) for name in ("method", "scale_mean", "context", "filter", "regions")}
 
 
 def _workers(device: str) -> int:

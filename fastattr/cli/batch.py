@@ -10,20 +10,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from fastattr.cli.output import parse_scales
+from fastattr.cli.output import SCALES_HELP, chosen_config
 from fastattr.errors import InputError, how_to_install
 
 if TYPE_CHECKING:
     from fastattr.batch import Progress, Summary
-    from fastattr.types import Method
 
 LINE_EVERY_S = 10.0  # where there is no terminal
 
@@ -47,10 +46,8 @@ def batch(
     ],
     out: Annotated[str, typer.Option(help="A directory or URL, of this batch alone.")],
     model: Annotated[str, typer.Option(help="'shapes', a local directory, a hub id, or module:function.")] = "shapes",
-    method: Annotated[str, typer.Option(help="lens, tam, arc or best.")] = "arc",
-    scales: Annotated[
-        str, typer.Option(help="Image sizes relative to the model's own, comma-separated; 'own' for what it can show.")
-    ] = "own",
+    method: Annotated[str, typer.Option(help="lens, tam, arc or best, with scales as in tam@1+1.5+2.")] = "arc",
+    scales: Annotated[str | None, typer.Option(help=SCALES_HELP)] = None,
     evidence: Annotated[
         bool, typer.Option("--evidence/--no-evidence", help="One more forward with the image blanked.")
     ] = True,
@@ -83,11 +80,8 @@ def batch(
 
     fastattr log reads it. Run the same command again to go on after an interruption.
     """
+    attribution = chosen_config(method, scales, {"evidence": evidence})
     engine, run, fields = _imports(ray)
-    from fastattr.evaluate import METHODS
-    from fastattr.types import AttributionConfig
-
-    base = METHODS["best"] if method == "best" else AttributionConfig(method=cast("Method", method))
     if ray is None:
         engine = partial(engine, workers=workers)
     else:
@@ -98,7 +92,7 @@ def batch(
             inputs,
             out,
             model=model,
-            attribution=replace(base, scales=() if scales == "own" else parse_scales(scales), evidence=evidence),
+            attribution=attribution,
             fields=fields(id_field, image_field, prompt_field, response_field),
             content=content.value,
             images=images.value,

@@ -15,7 +15,12 @@ from fastattr.errors import InputError, SaveError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fastattr.config import ConfigChanges
+
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
+SCALES_HELP = (
+    "Image sizes relative to the model's own, comma-separated, or 'own' for all it can show; else as METHOD has them."
+)
 
 
 def printable(text: str, *, lines: bool = True) -> str:
@@ -78,6 +83,8 @@ def check_output(out: Path, n_methods: int = 1) -> None:
 
 def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
     """Plain values for JSON; maps as nested lists `[target][t][h][w]` for each image if wanted."""
+    from fastattr.config import name_of
+
     evidence = None if why.evidence is None else why.evidence.tolist()
     descriptors = why.descriptors
     tokens = [
@@ -97,6 +104,7 @@ def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
         "response": why.response,
         "prompt": why.prompt,
         "model": why.model,
+        "configuration": name_of(why.config),
         "method": why.config.method,
         "scales": why.config.scales,
         "backend": why.backend,
@@ -120,7 +128,7 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
         print(json.dumps({**as_dict(why, maps=False), "out": None if out is None else str(out)}))
         return
     print(printable(why.response))
-    print()
+    print(f"\n{shown_by([each.config for each in explained])}")
     print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
     low = set() if why.evidence is None else {target for word in why.low_evidence for target in word.targets[0]}
     for i, token in enumerate(why.tokens):
@@ -135,6 +143,14 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
         print(f"note: {printable(note)}")
     if out is not None:
         print(f"\n{out.resolve()}")
+
+
+def shown_by(configs: Sequence[fastattr.AttributionConfig]) -> str:
+    """Which configuration is printed, and which others the report holds."""
+    from fastattr.config import name_of
+
+    first, *others = (name_of(config) for config in configs)
+    return f"method: {first}" + (f"; beside it in the report: {', '.join(others)}" if others else "")
 
 
 def where(image: Sequence[Tensor]) -> str:
@@ -152,9 +168,27 @@ def where(image: Sequence[Tensor]) -> str:
     return place + (f", image {strongest + 1}" if len(image) > 1 else "")
 
 
-def parse_scales(text: str) -> tuple[float, ...]:
-    """Image sizes as a person types them. Raises `InputError`."""
+def chosen_config(method: str, scales: str | None, changes: ConfigChanges) -> fastattr.AttributionConfig:
+    """What `--method` and `--scales` say, before a model is loaded.
+
+    Args:
+        scales: as a person types them, `1,1.5,2` or `own`; None for those of the method.
+        changes: further options.
+
+    Raises:
+        InputError: one of them cannot be read, or both name scales.
+    """
+    from fastattr.config import configure
+
+    if scales is not None:
+        changes = {**changes, "scales": None if scales == "own" else _parse_scales(scales)}
+    return configure(method, changes)
+
+
+def _parse_scales(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise InputError(f"--scales is {text!r}, expected numbers separated by commas, for example 1,1.5,2") from error
+        raise InputError(
+            f"--scales is {text!r}, expected numbers separated by commas, for example 1,1.5,2, or 'own'"
+        ) from error

@@ -1,8 +1,8 @@
 """Are the maps right, are they causal, and does anything catch invention? A dataset in, figures with intervals out."""
 
+from fastattr.config import METHODS, method_of
 from fastattr.evaluate.judgement import Hiding, Judgement, Said, Skipped
 from fastattr.evaluate.judging import Settings, judge
-from fastattr.evaluate.methods import METHODS, method_of
 from fastattr.evaluate.running import Results, Task, read, run
 from fastattr.evaluate.tables import summary
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattr.adapters import Model, encode, encode_response, generate, log_probs_of_images
+from fastattr.config import AnyConfig, configure
 from fastattr.datasets import Mention, Sample
 from fastattr.descriptors import describe_maps
 from fastattr.evaluate.judgement import Hiding, Judgement, Said
@@ -32,7 +33,8 @@ class Settings:
     """How samples are judged.
 
     Attributes:
-        methods: by the name they have in the results.
+        methods: by the name they have in the results; configurations, or names of them. Their `evidence` does not
+            count: evidence is measured once for all.
         words: words a sample that are judged by hiding patches, drawn at random; 0 leaves faithfulness out.
         steps: equal shares of the patches, see `deletion`.
         fill: what stands where a patch is hidden, see `cut_picture`.
@@ -40,12 +42,17 @@ class Settings:
         seed: together with the sample's id decides the words and the random order.
     """
 
-    methods: Mapping[str, AttributionConfig]
+    methods: Mapping[str, AnyConfig]
     words: int = 1
     steps: int = 10
     fill: Fill = "grey"
     max_new_tokens: int = 256
     seed: int = 0
+
+    @property
+    def configs(self) -> dict[str, AttributionConfig]:
+        """The methods, each as one configuration. Raises `InputError`."""
+        return {name: replace(configure(config), evidence=False) for name, config in self.methods.items()}
 
 
 @torch.no_grad()
@@ -76,8 +83,9 @@ def judge(model: Model, sample: Sample, settings: Settings) -> Judgement:
         return regional_evidence(model, [visual], sample.prompt, states(1.0, -1), n)
 
     explained = {}
-    for name, config in settings.methods.items():
-        maps = explain_states([states(scale, config.layer) for scale in config.scales], model.head, config)
+    for name, given in settings.configs.items():
+        config = given.resolve(model.scales, model.head.vocab)
+        maps = explain_states([states(scale, config.layer) for scale in config.known_scales], model.head, config)
         explained[name] = weigh_maps(maps, falls(config.regions)) if config.regions else maps
     extent = states(1.0, -1).layout.images[0].extent
     nouns = [Noun(tokens_at(text, each.span), crop(each.mask, extent)) for each in mentions if each.mask is not None]

@@ -198,8 +198,7 @@ def _progress(rows: Iterator[Judgement | Skipped], n: int, total: int) -> Iterat
 
 
 def _header(task: Task, dataset: Dataset) -> dict[str, Any]:
-    settings = asdict(task.settings)
-    settings["methods"] = {name: asdict(config) for name, config in task.settings.methods.items()}
+    settings = {**asdict(task.settings), "methods": {n: asdict(config) for n, config in task.settings.configs.items()}}
     header = {
         "fastattr_evaluation": FORMAT,
         "dataset": dataset.name,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
+from fastattr.config import AnyConfig, configure
 from fastattr.errors import InputError
 from fastattr.log.record import Content
 from fastattr.types import AttributionConfig
@@ -42,7 +43,9 @@ class LogConfig:
         low_evidence_rate: of those explained that hold words of low evidence.
         screen_rate: share that is explained only to look for low evidence, and dropped where there is none.
         explain: in a `thread` of this process, or later in a `worker` process (`fastattr worker SPOOL`).
-        attribution: how replays are explained; captured states with the same method at the one scale the model saw.
+        attribution: how responses are explained: an `AttributionConfig`, the name of one (`"arc@1"`, `"best"`), or a
+            mapping of options such as `{"method": "best", "evidence": False}`. Captured states are explained by the same
+            at the one scale the model saw and without `regions`, which would take more forwards.
         model_revision: kept in each record, and what drift is measured within.
         content: `ids` keeps the response's token ids, `text` also texts of prompt and response, `none` neither.
         images: keep a SHA-256 of each (`hash`), also the pictures (`store`), or nothing (`none`).
@@ -73,7 +76,7 @@ class LogConfig:
     low_evidence_rate: float = 1.0
     screen_rate: float = 0.0
     explain: Literal["thread", "worker"] = "thread"
-    attribution: AttributionConfig = field(default_factory=lambda: AttributionConfig(scales=(1.0,)))
+    attribution: AnyConfig = "arc@1"
     model_revision: str | None = None
     content: Content = "ids"
     images: Images = "hash"
@@ -134,8 +137,9 @@ class LogConfig:
         for name in _CALLBACKS:
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise InputError(f"{name} is a {type(getattr(self, name)).__name__}, expected a function or None")
-        if not isinstance(self.attribution, AttributionConfig):
-            raise InputError(f"attribution is a {type(self.attribution).__name__}, expected an AttributionConfig")
+        object.__setattr__(self, "attribution", configure(self.attribution, default="arc@1"))
+        if self.explained_by.compat is not None:
+            raise InputError("attribution has compat='tam', which is for attribute_states; leave it out of a log")
         if not isinstance(self.storage_options, Mapping):
             raise InputError(f"storage_options is a {type(self.storage_options).__name__}, expected a mapping")
 
@@ -143,7 +147,7 @@ class LogConfig:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> LogConfig:
         """The options under their own names, as a JSON or YAML file holds them.
 
-        `attribution` is a mapping too; callbacks are written `package.module:function`.
+        `attribution` is a name or a mapping too; callbacks are written `package.module:function`.
 
         Raises:
             InputError: an option is unknown, missing or out of range, or a callback cannot be imported.
@@ -153,12 +157,15 @@ class LogConfig:
         values = _known(mapping, cls, "option")
         if "destination" not in values:
             raise InputError("the mapping names no destination, expected a directory or a URL")
-        if isinstance(values.get("attribution"), Mapping):
-            values["attribution"] = AttributionConfig(**_known(values["attribution"], AttributionConfig, "attribution"))
         for name in _CALLBACKS:
             if isinstance(values.get(name), str):
                 values[name] = _resolve(name, values[name])
         return cls(**values)
+
+    @property
+    def explained_by(self) -> AttributionConfig:
+        """`attribution` as a configuration, however it was given."""
+        return configure(self.attribution)
 
     @property
     def spool_path(self) -> Path:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastattr.errors import InputError
 from fastattr.log.config import LogConfig
 from fastattr.log.requests import Captured, Made, Request, digest, to_png
 from fastattr.pipeline import attribute, attribute_captured
-from fastattr.types import Attribution, AttributionConfig
+from fastattr.types import Attribution
 
 if TYPE_CHECKING:
     from fastattr.adapters import Model
-
-_CAPTURED_OPTIONS = ("method", "top_k", "rbo_p", "arc_weight", "context", "filter", "backend")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +53,11 @@ def _attribution(request: Request, images: list[object], config: LogConfig, mode
     job, prompt = request.job, request.submission.prompt
     if isinstance(job, Made):
         return job.why
-    wanted = config.attribution
+    wanted = config.explained_by
     if isinstance(job, Captured):
-        return attribute_captured(
-            job.states,
-            job.out,
-            image=images or None,
-            prompt=prompt,
-            evidence=wanted.evidence and bool(images),
-            **{name: getattr(wanted, name) for name in _CAPTURED_OPTIONS},
-        )
+        captured = replace(wanted, scales=(1.0,), scale_weights=None, layer=-1, regions=0)
+        evidence = wanted.evidence and bool(images)
+        return attribute_captured(job.states, job.out, captured, image=images or None, prompt=prompt, evidence=evidence)
     if model is None:
         raise InputError(
             "a replay needs a model: pass model= to the logger, or explain='worker' and run fastattr worker"
@@ -73,5 +66,4 @@ def _attribution(request: Request, images: list[object], config: LogConfig, mode
         raise InputError(
             f"a replay holds {len(images)} images and {'no ' if prompt is None else 'a '}prompt, expected both"
         )
-    options = {each.name: getattr(wanted, each.name) for each in fields(AttributionConfig) if each.name != "compat"}
-    return attribute(model, images, prompt, list(job.response_ids), **options)
+    return attribute(model, images, prompt, list(job.response_ids), wanted)

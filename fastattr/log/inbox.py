@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from fastattr.config import from_saved
 from fastattr.errors import InputError, SaveError
 from fastattr.images import read_visuals
 from fastattr.log.config import LogConfig
@@ -48,7 +49,7 @@ def prepare(config: LogConfig) -> None:
     """
     spool = config.spool_path
     values = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in _UNWRITTEN}
-    values["attribution"] = asdict(config.attribution)
+    values["attribution"] = asdict(config.explained_by)
     values["destination"] = _without_password(config.destination)
     try:
         inbox_of(spool).mkdir(parents=True, exist_ok=True)
@@ -69,8 +70,9 @@ def read_config(spool: Path) -> LogConfig:
     """
     path = spool / CONFIG_FILE
     try:
-        return LogConfig.from_mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return LogConfig.from_mapping({**values, "attribution": from_saved(values["attribution"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"{str(path)!r} cannot be read: {error}; give the spool directory that a logger uses, or --config FILE"
         ) from error

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastattr.calibration import Calibration
+from fastattr.config import from_saved
 from fastattr.descriptors import describe_levels
 from fastattr.errors import InputError, SaveError
 from fastattr.log.schema import CONTEXT, SCHEMA, TOKEN, TOP_CONTEXT
@@ -279,7 +280,7 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
         raise ValueError(f"it says {values['n_tokens']} tokens and holds {n}")
     ids, names, spans, response = _words(tokens, values["response"])
     prompt_names = batch.column("context_text")[row].as_py() or (_MASKED,) * n_prompt
-    config = _config(values["settings"])
+    config = from_saved(json.loads(values["settings"]))
     context, relevance = _context(tokens["context"], n, n_prompt + n, config)
     pictures = tuple(_decode(png) for png in values["images"] or ())
     evidence = tokens["evidence"]
@@ -527,18 +528,6 @@ def _context(kept: pa.Array, n: int, total: int, config: AttributionConfig) -> t
 
     relevance = entries["relevance"]
     return spread(entries["weight"]), None if relevance.null_count else spread(relevance)
-
-
-def _config(settings: str) -> AttributionConfig:
-    stored = json.loads(settings)
-    known = {field.name for field in fields(AttributionConfig)}
-    unknown = sorted(set(stored) - known)
-    if unknown:
-        raise InputError(
-            f"the record's settings hold {', '.join(unknown)}, which this version of fastattr does not know; "
-            "read it with the version that wrote it, or a newer one"
-        )
-    return AttributionConfig(**stored)
 
 
 def _tensor(column: pa.Array) -> Tensor:

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastattr.config import name_of
 from fastattr.errors import InputError
 from fastattr.fields import Field, path_name, read_fields
 from fastattr.report.picture import color_table, frames, quantise
@@ -289,7 +290,7 @@ def _view(attribution: Attribution, label: str) -> dict[str, Any]:
         "agreement": _finite(attribution.agreement),
         "degenerate": attribution.degenerate.tolist(),
         "explained": None if attribution.explained is None else attribution.explained.tolist(),
-        "scales": attribution.config.scales,
+        "scales": attribution.config.known_scales,
         "notes": attribution.notes,
         "settings": _settings(attribution),
     }
@@ -323,24 +324,22 @@ def _settings(attribution: Attribution) -> list[tuple[str, str]]:
     config, calibration = attribution.config, attribution.calibration
     calibrated = None if calibration is None else f"{calibration.model} on {calibration.dataset}"
     rows = [("model", attribution.model or "not named"), ("source", attribution.source), ("prompt", attribution.prompt)]
+    rows.append(("configuration", name_of(config)))
     rows += [(f.name, _written(getattr(config, f.name))) for f in dataclasses.fields(AttributionConfig)]
-    for scale, grids in zip(config.scales, attribution.grids, strict=False):
+    for scale, grids in zip(config.known_scales, attribution.grids, strict=False):
         rows.append((f"grid at {scale:g}×", ", ".join("×".join(map(str, grid)) for grid in grids)))
     rows.append(("calibration", _written(calibrated)))
     return [*rows, ("backend that ran", attribution.backend), *attribution.versions]
 
 
 def _labels(attributions: Sequence[Attribution]) -> list[str]:
-    """Method and scales, and what else tells these attributions apart, where it is not the default."""
-    configs = [a.config for a in attributions]
-    others = [f for f in dataclasses.fields(AttributionConfig) if f.name not in ("method", "scales")]
-    differing = [f for f in others if len({getattr(config, f.name) for config in configs}) > 1]
+    """The name of each configuration, and what tells those apart that have the same name."""
+    names = [name_of(a.config) for a in attributions]
     labels = []
-    for config in configs:
-        scales = ", ".join(f"{scale:g}×" for scale in config.scales)
-        chosen = [(f.name, getattr(config, f.name)) for f in differing if getattr(config, f.name) != f.default]
-        extra = "".join(f", {name.replace('_', ' ')} {_written(value)}" for name, value in chosen)
-        labels.append(f"{config.method.upper()} {scales}{extra}")
+    for name, attribution in zip(names, attributions, strict=True):
+        same = [other for other, theirs in zip(attributions, names, strict=True) if theirs == name]
+        apart = [f for f in ("evidence", "backend") if len({getattr(other.config, f) for other in same}) > 1]
+        labels.append(", ".join([name, *(f"{f} {_written(getattr(attribution.config, f))}" for f in apart)]))
     return labels
 
 

@@ -29,7 +29,9 @@ class Inputs:
     layout: Any = LAYOUT
 
     def attribute(self, **options: Any) -> fastattr.Attribution:
-        return fastattr.attribute_states(self.hidden, self.weight, self.ids, self.layout, **options)
+        return fastattr.attribute_states(
+            self.hidden, self.weight, self.ids, self.layout, **{"scales": (1.0,), **options}
+        )
 
 
 @pytest.fixture
@@ -228,7 +230,7 @@ def test_rankings_deeper_than_the_valid_vocabulary(good: Inputs) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "gradcam"}, ["'gradcam'", "'tam'"]),
+        ({"method": "gradcam"}, ["'gradcam'", "lens, tam, arc, best"]),
         ({"compat": "tam", "method": "arc"}, ["'arc'"]),
         ({"top_k": 0, "method": "arc"}, ["0"]),
         ({"rbo_p": 1.0, "method": "arc"}, ["1.0"]),

@@ -44,7 +44,12 @@ from fastattr import AttributionConfig, InputError
         ({"rbo_p": 1.0}, "rbo_p is 1.0"),
         ({"rbo_p": math.nan}, "rbo_p is nan"),
         ({"compat": "tam"}, "compat='tam' reproduces one-scale TAM, but method is 'arc'"),
-        ({"compat": "tam", "method": "tam"}, r"scales are \(1.0, 1.5, 2.0\)"),
+        ({"compat": "tam", "method": "tam"}, "scales are None"),
+        ({"compat": "tam", "method": "tam", "scales": (1.0, 2.0)}, r"scales are \(1.0, 2.0\)"),
+        ({"scales": ()}, "scales is empty, expected at least one number, .* or None for the model's own"),
+        ({"scales": "12"}, "scales is '12', expected numbers"),
+        ({"scale_weights": 1.0}, "scale_weights is 1.0, expected numbers"),
+        ({"scale_weights": (1.0, -1.0)}, "numbers of at least 0"),
     ],
 )
 def test_a_wrong_choice_says_what_is_allowed(options: dict[str, Any], message: str) -> None:

@@ -79,7 +79,7 @@ def check_maps(request: Request, exported: ExportedStates) -> fastattr.Attributi
     layout = fastattr.TokenLayout(request.layout.images, request.layout.prompt, (start, start + len(said)))
     assert exported.hidden_states.shape == (len(exported.input_ids) - 1, tiny.DIM)
     ours = fastattr.attribute_states(
-        exported.hidden_states, request.model.head, exported.input_ids, layout, method="arc"
+        exported.hidden_states, request.model.head, exported.input_ids, layout, method="arc@1"
     )
     assert ours.token_ids == expected.token_ids
     for one, other in zip(

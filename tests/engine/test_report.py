@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from fastattr.config import METHODS
 from fastattr.demo.scenes import describe_in_detail, make_scene
 from fastattr.errors import InputError, SaveError
 from fastattr.report import notebook_html, overlay, write_html, write_png
@@ -38,7 +39,7 @@ def synthetic(
     extent: Box = WHOLE_IMAGE,
 ) -> Attribution:
     """A seeded attribution of a response about a scene, with random scores of the right shapes."""
-    config = config or AttributionConfig()
+    config = (config or AttributionConfig()).resolve((1.0, 1.5, 2.0), vocab=1000)
     scene = make_scene(seed)
     exchange = describe_in_detail(scene)
     response = exchange.response if response is None else response
@@ -62,12 +63,12 @@ def synthetic(
         relevance=context.sqrt() if config.method == "arc" else None,
         evidence=torch.randn(n, generator=draw) * 2,
         log_prob=-torch.rand(n, generator=draw),
-        agreement=torch.rand(n, len(config.scales), generator=draw),
+        agreement=torch.rand(n, len(config.known_scales), generator=draw),
         raw_range=torch.rand(n, 2, generator=draw),
         residual=torch.rand(n, generator=draw),
         degenerate=torch.zeros(n, dtype=torch.bool),
         config=config,
-        grids=tuple(((frames, *grid),) * n_images for _ in config.scales),
+        grids=tuple(((frames, *grid),) * n_images for _ in config.known_scales),
         extents=(extent,) * n_images,
         pictures=(np.stack([np.roll(picture, 8 * f, axis=1) for f in range(frames)]),) * n_images,
         picture_sizes=(picture.shape[:2],) * n_images,
@@ -101,7 +102,7 @@ def scene_as_json(seed: int = 7, *, frames: int = 1, n_images: int = 1) -> Attri
         why,
         image=(maps,) * n_images,
         evidence=evidence,
-        grids=tuple(((frames, 18, 24),) * n_images for _ in why.config.scales),
+        grids=tuple(((frames, 18, 24),) * n_images for _ in why.config.known_scales),
         extents=(WHOLE_IMAGE,) * n_images,
         pictures=(np.stack([picture] * frames),) * n_images,
         picture_sizes=((384, 512),) * n_images,
@@ -264,15 +265,26 @@ def test_the_switch_names_what_differs(tmp_path: Path) -> None:
         AttributionConfig(method="tam", scales=(1.0,)),
         AttributionConfig(filter=False, scale_mean="geometric"),
         AttributionConfig(),
+        METHODS["best"],
+        AttributionConfig(scales=(1.0,), top_k=20),
     ]
     page = write_html([synthetic(config=config) for config in configs], tmp_path / "x.html").read_text()
     labels = [view["label"] for view in payload_of(page)["views"]]
     assert labels == [
-        "ARC 1×, 1.5×, 2×, filter none",
-        "TAM 1×",
-        "ARC 1×, 1.5×, 2×, scale mean geometric, filter no",
-        "ARC 1×, 1.5×, 2×",
+        "arc, filter=None",
+        "tam",
+        "arc, scale_mean=geometric, filter=False",
+        "arc",
+        "best",
+        "arc@1, top_k=20",
     ]
+
+
+def test_the_switch_tells_equal_names_apart(tmp_path: Path) -> None:
+    why = synthetic(config=AttributionConfig(backend="torch"))
+    others = [replace(why, config=replace(why.config, backend="triton")), synthetic(config=METHODS["tam"])]
+    page = write_html([why, *others], tmp_path / "x.html").read_text()
+    assert [view["label"] for view in payload_of(page)["views"]] == ["arc, backend torch", "arc, backend triton", "tam"]
 
 
 def test_attributions_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:

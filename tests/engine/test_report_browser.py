@@ -276,12 +276,12 @@ def test_a_button_steps_through_the_marked_words(open_report: Open) -> None:
 
 def test_marks_follow_the_switch(open_report: Open) -> None:
     why = low_evidence_example()
-    lens = replace(why, config=AttributionConfig(method="lens"), calibration=MADE_UP)
-    sure = replace(why, config=AttributionConfig(method="tam"), evidence=torch.full((len(why),), 4.0))
+    lens = replace(why, config=replace(why.config, method="lens"), calibration=MADE_UP)
+    sure = replace(why, config=replace(why.config, method="tam"), evidence=torch.full((len(why),), 4.0))
     page = open_report([why, lens, sure])
-    page.get_by_label("LENS").check(force=True)
+    page.get_by_label("lens").check(force=True)
     assert question_marks(page) == [3, 6, 10]
-    page.get_by_label("TAM").check(force=True)
+    page.get_by_label("tam").check(force=True)
     assert question_marks(page) == []
     assert not page.locator("#low-step").is_visible()
 
@@ -302,12 +302,12 @@ def test_the_switch_changes_maps_and_tints(open_report: Open) -> None:
     page.click(token(4))
     rest_pointer(page)
     first = pixels(page)
-    page.get_by_label("TAM 1×").check(force=True)
+    page.get_by_label("tam").check(force=True)
     assert (pixels(page) != first).any()
     assert marked(page, "pinned") == [4]
     assert "context activation" in page.inner_text("#tint-key")
     assert not page.locator("#agreement").is_visible()
-    page.get_by_label("ARC").check(force=True)
+    page.get_by_label("arc").check(force=True)
     assert (pixels(page) == first).all()
 
 

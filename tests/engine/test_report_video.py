@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page
 
 from fastattr.report import overlay, write_html
-from fastattr.types import WHOLE_IMAGE, Attribution, AttributionConfig
+from fastattr.types import WHOLE_IMAGE, Attribution
 from tests.engine import test_report_browser as in_browser
 from tests.engine.test_report import payload_of, synthetic
 from tests.engine.test_report_browser import PHONE, Open, marked, pixels, rest_pointer, token
@@ -41,7 +41,7 @@ def moving_square(n_frames: int = 12, n_steps: int = 6, words: str = "one two th
         image=(maps,),
         pictures=(pictures,),
         picture_sizes=((60, 120),),
-        grids=tuple(((n_steps, 6, 12),) for _ in why.config.scales),
+        grids=tuple(((n_steps, 6, 12),) for _ in why.config.known_scales),
     )
 
 
@@ -64,7 +64,7 @@ def side_by_side(*sizes: tuple[int, int], brightest: tuple[int | None, ...]) -> 
         pictures=tuple(np.full((1, *size, 3), 90, np.uint8) for size in sizes),
         picture_sizes=sizes,
         extents=(WHOLE_IMAGE,) * len(sizes),
-        grids=tuple(tuple((1, h // 16, w // 16) for h, w in sizes) for _ in why.config.scales),
+        grids=tuple(tuple((1, h // 16, w // 16) for h, w in sizes) for _ in why.config.known_scales),
     )
 
 
@@ -224,15 +224,15 @@ def test_a_pin_that_travels_brings_the_video_along(open_report: Open) -> None:
 
 def test_the_switch_keeps_a_frame_that_was_chosen(open_report: Open) -> None:
     why = moving_square()
-    other = replace(why, image=(why.image[0].flip(1),), config=AttributionConfig(method="tam"))
-    coarse = replace(why, image=(why.image[0][:, :3],), config=AttributionConfig(method="lens"))
+    other = replace(why, image=(why.image[0].flip(1),), config=replace(why.config, method="tam"))
+    coarse = replace(why, image=(why.image[0][:, :3],), config=replace(why.config, method="lens"))
     page = open_report([why, other, coarse])
     page.click(token(1))
     assert frame_of(page) == 2
-    page.get_by_label("TAM").check(force=True)
+    page.get_by_label("tam").check(force=True)
     assert frame_of(page) == 8
     page.locator(SLIDER).fill("5")
-    page.get_by_label("LENS").check(force=True)
+    page.get_by_label("lens").check(force=True)
     assert frame_of(page) == 5 and page.locator(".strip i").count() == 3
     assert drawn_heat(page, why.image[0][1, 1]) <= 6  # of three steps, twelve frames: the sixth is of the second
 

@@ -214,7 +214,7 @@ def test_the_context_of_most_relevance_is_kept(seed: int, n: int, arc: bool, lev
         why,
         context=torch.tensor(weight),
         relevance=torch.tensor(relevance) if arc else None,
-        config=AttributionConfig(method="arc" if arc else "tam"),
+        config=AttributionConfig(method="arc" if arc else "tam", scales=(1.0, 1.5, 2.0)),
     )
     row = row_of(why)
     again = from_row(row).attribution
