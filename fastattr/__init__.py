@@ -20,6 +20,7 @@ from fastattr.errors import (
     SaveError,
     ScaleError,
     StatesError,
+    TokenIndexError,
     TokenLayoutError,
     UnsupportedModelError,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "StatesError",
     "Step",
     "Stream",
+    "TokenIndexError",
     "TokenLayout",
     "TokenLayoutError",
     "TokenStream",

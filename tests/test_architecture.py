@@ -151,7 +151,8 @@ LAZY_DOORS = {
 OUTSIDE = {
     "transformers": {"fastattr.adapters", "fastattr.demo"},
     "typer": {"fastattr.cli"},
-    "matplotlib": {"fastattr.evaluate"},
+    "matplotlib": {"fastattr.evaluate", "fastattr.report", "fastattr.types"},
+    "pandas": {"fastattr.report", "fastattr.types"},
     "pycocotools": {"fastattr.datasets"},
     "inflect": {"fastattr.datasets"},
     "safetensors": {"fastattr.storage", "fastattr.adapters", "fastattr.log"},
