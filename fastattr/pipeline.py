@@ -510,9 +510,10 @@ def notes_of(
     *,
     takes_videos: bool = False,
 ) -> tuple[str, ...]:
-    notes = []
+    notes: list[str] = []
     if targets is not None:
         notes.append(f"{len(targets)} of {len(maps.log_prob)} tokens were asked for; the others have no map")
+    notes += dict.fromkeys(note for visual in visuals for note in visual.notes)
     shown = list(zip(visuals, layout.images, strict=True)) if visuals else []
     films = [(len(visual.frames), group.grid[0]) for visual, group in shown if len(visual.frames) > 1]
     if films and not takes_videos:

@@ -44,6 +44,14 @@ _TEXTS = (
 _SHAPES = ("grids", "extents", "picture_sizes")
 
 
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def is_litter(path: str) -> bool:
+    """Whether a file is one that macOS or Windows leave beside others: `._x`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`."""
+    return any(part in _LITTER or part.startswith("._") for part in path.replace("\\", "/").split("/"))
+
+
 def save(attribution: Attribution, path: str | Path) -> Path:
     """Write everything, pictures as PNG.
 

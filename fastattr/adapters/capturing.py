@@ -25,7 +25,7 @@ from fastattr.adapters.wording import text_positions
 from fastattr.chat import Prompt, as_chat
 from fastattr.errors import InputError
 from fastattr.images import Visual
-from fastattr.types import ScaleStates, TokenLayout
+from fastattr.types import ImageGroup, ScaleStates, TokenLayout
 
 logger = logging.getLogger("fastattr")
 
@@ -268,12 +268,38 @@ def captured_reading(
                 f"image holds {given[0]}, but generate was given {given[1].removesuffix(' images')}; pass the same, or none"
             )
     groups = group_images(prefill, model, counts, images, videos)
+    if model.family.keeps_aspect:
+        for number, (visual, group) in enumerate(zip(visuals, groups, strict=False), start=1):
+            _check_aspect(number, visual, group)
     if prompt is None:
         special = {*model.processor.tokenizer.all_special_ids, *model.placeholder_ids}
         positions = tuple(i for i, token in enumerate(prefill.tolist()) if token not in special)
     else:
         positions = text_positions(model, as_chat(prompt, len(visuals) or len(counts)), prefill, groups)
     return ScaleStates(hidden, sequence, TokenLayout(groups, positions, (start, len(sequence)))), source
+
+
+def _check_aspect(number: int, visual: Visual, group: ImageGroup) -> None:
+    """Raises `InputError` unless a grid can be that of a picture at some size, each side rounded to whole cells."""
+    sizing, (height, width) = visual.sizing, visual.size
+    if sizing is not None and sizing.height is not None and sizing.width is not None:
+        height, width = sizing.height, sizing.width
+    _, h, w = group.grid
+    if not _has_aspect(h, w, height, width):
+        turned = ", but it is that of the picture turned by 90 degrees" if _has_aspect(w, h, height, width) else ""
+        raise InputError(
+            f"picture {number} has {width} x {height} pixels (width x height), but generate was given a picture of {w} x {h} "
+            f"cells, which is not its shape{turned}; pass the picture that the processor was given, as it was given (of files "
+            "fastattr follows the EXIF orientation, as transformers' load_image does and PIL.Image.open does not)"
+        )
+
+
+def _has_aspect(h: int, w: int, height: int, width: int) -> bool:
+    """Whether both sides can have been scaled alike, then rounded up or down to whole cells, and to one at least."""
+    least, most = zip(
+        *(((n - 1) / side if n > 1 else 0.0, (n + 1) / side) for n, side in ((h, height), (w, width))), strict=True
+    )
+    return max(least) < min(most)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from fastattr.batch import local
 from fastattr.batch.output import open_output
 from fastattr.batch.plan import Plan, settle, shard_of
 from fastattr.batch.shards import Job, ShardResult, Task, Underway
-from fastattr.batch.sources import Fields, find_inputs, scan
+from fastattr.batch.sources import Fields, find_inputs, litter_in_folders, scan
 from fastattr.config import AnyConfig, configure
 from fastattr.errors import InputError
 from fastattr.log.config import Images
@@ -63,6 +63,7 @@ class Summary:
         failed: rows without one, told in `failed/`.
         left: rows that the same call would go on with.
         earlier: rows that were done before this run.
+        litter: files of macOS or Windows (`._x`, `.DS_Store`, `Thumbs.db`) in the inputs, which were skipped.
     """
 
     outcome: Outcome
@@ -71,6 +72,7 @@ class Summary:
     failed: int
     left: int
     earlier: int
+    litter: int = 0
 
 
 class Tell(Protocol):
@@ -156,7 +158,9 @@ def run(
                     tell(count.progress)
                     if _too_many(count.progress, max_error_rate):
                         break
-    return _summary(count.published, too_many=_too_many(count.progress, max_error_rate))
+    summary = _summary(count.published, too_many=_too_many(count.progress, max_error_rate))
+    litter = litter_in_folders([str(name) for name in names], input_options)
+    return replace(summary, litter=litter + sum(each.n_litter for each in plan.inputs))
 
 
 class _Count:

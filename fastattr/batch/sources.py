@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, BinaryIO, Literal
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 import numpy as np
@@ -27,12 +28,14 @@ from fsspec.core import url_to_fs
 from fastattr.chat import Chat, Prompt
 from fastattr.errors import DatasetError, FastattrError, ImageError, InputError
 from fastattr.log.record import check_request_id
-from fastattr.log.requests import prompt_of
+from fastattr.log.requests import pictures_of, prompt_of
+from fastattr.storage import is_litter
 
 Format = Literal["jsonl", "parquet", "tar"]
 
 FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".parquet": "parquet", ".tar": "tar"}
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # suffixes within a WebDataset sample
+# suffixes within a WebDataset sample
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "mp4", "webm", "mkv", "mov", "avi")
 
 _ROWS_AT_ONCE = 64  # of Parquet, decoded together
 
@@ -44,7 +47,7 @@ class Fields:
     Attributes:
         id: a string or a whole number, not twice in all inputs. Of a WebDataset sample its key.
         image: a path from the input file, a URL that fsspec knows, a `data:` URL, bytes, or a mapping with `bytes`,
-            `base64` or `path`.
+            `base64` or `path`. Left out where the parts of the messages hold their pictures.
         prompt: the user's text.
         response: text or token ids; where it is missing the model answers.
     """
@@ -95,6 +98,7 @@ class Input:
         n_bytes: of the file.
         ids: SHA-256 of all their ids, in order.
         offsets: in bytes, where each shard of it begins; 0 where the format finds rows by number.
+        n_litter: files in it that macOS or Windows left there, which are skipped.
     """
 
     path: str
@@ -102,10 +106,11 @@ class Input:
     n_bytes: int
     ids: str
     offsets: tuple[int, ...]
+    n_litter: int = 0
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rsplit("/", 1)[-1]
+        return _name(self.path)
 
     def place(self, row: int) -> str:
         """In words; `row` counts from 0."""
@@ -126,7 +131,11 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
         with _reading(name):
             system, path = url_to_fs(name, **_options(name, storage_options))
             if system.isdir(path):
-                inside = sorted(each for each in system.ls(path, detail=False) if _suffix(each) in FORMATS)
+                inside = sorted(
+                    each
+                    for each in system.ls(path, detail=False)
+                    if _suffix(each) in FORMATS and not is_litter(_name(each))
+                )
                 if not inside:
                     raise DatasetError(f"{name!r} holds no file that ends in {', '.join(FORMATS)}")
                 found += [system.unstrip_protocol(each) if "://" in name else each for each in inside]
@@ -142,6 +151,17 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
     if not found:
         raise DatasetError("no input was given, expected at least one file or folder")
     return tuple(found)
+
+
+def litter_in_folders(inputs: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> int:
+    """How many files of the inputs' folders `find_inputs` skips, because macOS or Windows left them there."""
+    found = 0
+    for name in inputs:
+        with _reading(name):
+            system, path = url_to_fs(name, **_options(name, storage_options))
+            if system.isdir(path):
+                found += sum(is_litter(_name(each)) for each in system.ls(path, detail=False))
+    return found
 
 
 def scan(
@@ -167,14 +187,15 @@ def scan(
         if left is not None and left <= 0:
             break
         digest, offsets, ids = hashlib.sha256(), [], []
+        litter: list[str] = []
         with _opened(path, storage_options) as (file, n_bytes):
-            for row, (offset, id) in enumerate(islice(_ids(path, file, fields), left)):
+            for row, (offset, id) in enumerate(islice(_ids(path, file, fields, litter), left)):
                 if row % shard_rows == 0:
                     offsets.append(offset)
                 encoded = id.encode() + b"\0"
                 digest.update(encoded)
                 ids.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
-        inputs.append(Input(path, len(ids), n_bytes, digest.hexdigest(), tuple(offsets)))
+        inputs.append(Input(path, len(ids), n_bytes, digest.hexdigest(), tuple(offsets), len(litter)))
         hashes.append(np.array(ids, np.uint64))
         left = None if left is None else left - len(ids)
     if not any(each.n_rows for each in inputs):
@@ -206,16 +227,16 @@ def _refuse_duplicates(
                 number += 1
 
 
-def _ids(path: str, file: BinaryIO, fields: Fields) -> Iterator[tuple[int, str]]:
-    """Where each row begins, in bytes or 0, and its id."""
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+def _ids(path: str, file: BinaryIO, fields: Fields, litter: list[str] | None = None) -> Iterator[tuple[int, str]]:
+    """Where each row begins, in bytes or 0, and its id; the names of skipped files are added to `litter`."""
+    name = _name(path)
     rows: Iterator[tuple[int, Any]]
     if _format(path) == "jsonl":
         rows = ((offset, values.get(fields.id)) for offset, values in _json_rows(name, file, 0))
     elif _format(path) == "parquet":
         rows = _parquet_ids(file, fields.id)
     else:
-        rows = ((members[0].offset, key) for key, members in _samples(file))
+        rows = ((members[0].offset, key) for key, members in _samples(file, litter))
     for row, (offset, id) in enumerate(rows):
         yield offset, _check_id(id, fields.id, _place(name, row))
 
@@ -287,12 +308,14 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         InputError: a field is missing, there twice under two names, or of a wrong type; the message names it.
     """
     image, images = values.get(fields.image), values.get("images")
+    prompt, messages = values.get(fields.prompt), values.get("messages")
+    if image is None and images is None and messages is not None:
+        images = pictures_of(list(messages)) or None
     if (image is None) == (images is None):
         raise InputError(_choice(values, fields.image, "images"))
     if images is not None and (not isinstance(images, list | tuple | np.ndarray) or len(images) == 0):
         raise InputError(f"images is {_short(images)}, expected a list of at least one")
     pictures = tuple(_image(each, base) for each in ([image] if images is None else images))
-    prompt, messages = values.get(fields.prompt), values.get("messages")
     if (prompt is None) == (messages is None):
         raise InputError(_choice(values, fields.prompt, "messages"))
     if messages is not None:
@@ -334,6 +357,8 @@ def _image(value: Any, base: str) -> bytes | str:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(f"the image is {_short(value)}, expected a path, a URL or bytes")
+    if value.startswith("file://"):  # as parts of messages name files
+        value = unquote(urlsplit(value).path)
     if value.startswith("data:"):
         head, comma, body = value.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -426,10 +451,16 @@ def _parquet_rows(file: BinaryIO, start: int, stop: int, fields: Fields) -> Iter
         position = end
 
 
-def _samples(file: BinaryIO) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+def _samples(file: BinaryIO, litter: list[str] | None = None) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """Neighbouring files of one key, as WebDataset has it: the path up to the first dot of its last part."""
+
+    def is_wanted(member: tarfile.TarInfo) -> bool:
+        if member.isfile() and is_litter(member.name) and litter is not None:
+            litter.append(member.name)
+        return member.isfile() and not is_litter(member.name)
+
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        files = (member for member in tar if member.isfile())
+        files = filter(is_wanted, tar)
         for key, members in groupby(files, lambda member: _key(member.name)[0]):
             yield key, list(members)
 
@@ -446,7 +477,8 @@ def _sample_rows(file: BinaryIO, fields: Fields) -> Iterator[Mapping[str, Any]]:
             elif part == "json":
                 values[part] = data  # is read where a fault of it is the row's
             elif part.removesuffix(".txt") in (fields.prompt, fields.response):
-                values[part.removesuffix(".txt")] = data.decode("utf-8", "replace")
+                # what editors put around a text: a mark of its encoding, and the end of the last line
+                values[part.removesuffix(".txt")] = data.decode("utf-8-sig", "replace").rstrip("\r\n")
         if pictures:
             values |= {"images": [pictures[part] for part in sorted(pictures)], fields.image: None}
         yield {**values, fields.id: key}
@@ -517,8 +549,12 @@ def _format(path: str) -> Format:
 
 
 def _suffix(path: str) -> str:
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    name = _name(path)
     return f".{name.rsplit('.', 1)[-1].lower()}" if "." in name else ""
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _folder(path: str) -> str:

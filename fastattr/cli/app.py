@@ -123,7 +123,10 @@ def demo(
 def explain(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Pictures; a folder is a video, its files by number the frames.", metavar="IMAGE..."),
+        typer.Argument(
+            help="Pictures or videos (mp4, webm, ...); a folder is a video, its files by number the frames.",
+            metavar="IMAGE...",
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask; by default 'Describe the image.'")] = None,
     messages: Annotated[
@@ -391,7 +394,13 @@ _PARTS = re.compile(r"(\d+)")  # text and numbers in turn, so that frame 10 come
 
 def _frames(folder: Path) -> list[Path]:
     """The frames of a video that lies in a folder, by the numbers and names of their files."""
-    frames = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    from fastattr.storage import is_litter
+
+    files = [path for path in folder.iterdir() if path.is_file()]
+    frames = [path for path in files if not is_litter(path.name) and not path.name.startswith(".")]
+    if len(frames) < len(files):
+        hidden = len(files) - len(frames)
+        print(f"{str(folder)!r}: {hidden} hidden files or files of macOS or Windows were skipped", file=sys.stderr)
     if not frames:
         raise InputError(
             f"the folder {str(folder)!r} holds no files, expected the frames of a video, numbered or named in order"

@@ -193,6 +193,10 @@ def _words(summary: Summary, out: str, took_s: float, max_error_rate: float) -> 
         lines.append(f"{summary.earlier} rows were done before")
     if worked:
         lines.append(f"{worked} rows in {took_s:.0f} s, {worked / took_s:.2f} a second")
+    if summary.litter:
+        lines.append(
+            f"{summary.litter} files of macOS or Windows in the inputs were skipped (._*, .DS_Store, Thumbs.db)"
+        )
     lines.append(
         f"{summary.written} written, {summary.failed} failed" + (f", see {out}/failed" if summary.failed else "")
     )

@@ -80,7 +80,7 @@ def open_coco(path: Path, prompt: str | None = None) -> Dataset:
         picture = pictures / str(entry["file_name"])
         return digest([picture], entry, instances.get(id, ()), categories, prompt or CAPTION_PROMPT)
 
-    return Dataset(f"{root.resolve().name} {split}", tuple(entries), read, content)
+    return Dataset(f"{root.resolve().name} {split}", tuple(entries), read, content=content)
 
 
 def _choose(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastattr.decoding import decoder_errors, open_picture, turn_upright
 from fastattr.errors import DatasetError, ImageError
 from fastattr.images import read_image
 
@@ -51,7 +52,7 @@ def read_text(path: Path) -> str:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB, see `read_image`. Raises `DatasetError` when it is missing or cannot be decoded."""
+    """RGB and upright, see `read_image`, and so must be what masks and boxes are about. Raises `DatasetError` when it is missing or cannot be decoded."""
     try:
         return read_image(path)
     except ImageError as error:
@@ -62,7 +63,7 @@ def read_pixels(path: Path, modes: Sequence[str], picture: Image.Image) -> np.nd
     """Values `[H W]`, or `[H W channel]`, of a map that goes with a picture; of a palette the indices.
 
     Args:
-        modes: of Pillow, which are accepted.
+        modes: of Pillow, which are accepted. A map with an EXIF orientation of its own is turned as a picture is.
 
     Raises:
         DatasetError: the file is missing or cannot be decoded, has another mode, or not the size of the picture.
@@ -70,11 +71,12 @@ def read_pixels(path: Path, modes: Sequence[str], picture: Image.Image) -> np.nd
     if not path.is_file():
         raise DatasetError(f"{str(path)!r} is not a file, expected a map of what the picture shows")
     try:
-        with Image.open(path) as opened:
-            values = np.asarray(opened)
-            mode, size = opened.mode, opened.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{str(path)!r} cannot be decoded: {error}") from error
+        with open_picture(path, repr(str(path))) as opened, decoder_errors(repr(str(path))):
+            opened.load()
+            mode, upright = opened.mode, turn_upright(opened, of=opened)
+            values, size = np.asarray(upright), upright.size
+    except ImageError as error:
+        raise DatasetError(str(error)) from error
     if mode not in modes:
         raise DatasetError(f"{str(path)!r} has pixels of mode {mode}, expected {' or '.join(modes)}; convert it")
     check_size(path, size, picture)

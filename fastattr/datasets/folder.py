@@ -19,6 +19,7 @@ from fastattr.datasets.files import digest, read_picture, read_pixels, read_text
 from fastattr.datasets.sample import Dataset, Sample
 from fastattr.datasets.words import function_spans, noun_mentions
 from fastattr.errors import DatasetError
+from fastattr.storage import is_litter
 
 IMAGES, MASKS = Path("images"), Path("masks")
 DEFAULT_PROMPT = "Describe the image."
@@ -39,8 +40,9 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
     asked = folder / "prompt.txt"
     prompt = prompt or (read_text(asked) if asked.exists() else DEFAULT_PROMPT)
     pictures: dict[str, Path] = {}
+    n_litter = sum(is_litter(path.name) for part in (IMAGES, MASKS) for path in (folder / part).rglob("*"))
     for path in sorted((folder / IMAGES).iterdir()):
-        if path.suffix.lower() in _SUFFIXES:
+        if path.suffix.lower() in _SUFFIXES and not is_litter(path.name):
             if path.stem in pictures:
                 raise DatasetError(
                     f"{str(path)!r} and {pictures[path.stem].name!r} have one name, but masks go by name; rename one"
@@ -78,8 +80,8 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
         caption = folder / "captions" / f"{id}.txt"
         return digest([pictures[id], *_masks(folder, id), caption], prompt)
 
-    return Dataset(folder.resolve().name, tuple(pictures), read, content)
+    return Dataset(folder.resolve().name, tuple(pictures), read, content=content, n_litter=n_litter)
 
 
 def _masks(folder: Path, id: str) -> list[Path]:
-    return sorted((folder / MASKS / id).glob("*.png"))
+    return sorted(path for path in (folder / MASKS / id).glob("*.png") if not is_litter(path.name))

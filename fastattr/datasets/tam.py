@@ -68,7 +68,7 @@ def open_captioned(folder: Path, prompt: str | None = None) -> Dataset:
     def content(id: str) -> str:
         return digest(files(id), prompt or CAPTION_PROMPT)
 
-    return Dataset(folder.resolve().name, tuple(ids), read, content)
+    return Dataset(folder.resolve().name, tuple(ids), read, content=content)
 
 
 def open_described(folder: Path, prompt: str | None = None) -> Dataset:
@@ -107,7 +107,7 @@ def open_described(folder: Path, prompt: str | None = None) -> Dataset:
         named = entry[::2][:2] if isinstance(entry, list) else ()  # picture and label map, where the entry is sound
         return digest([folder / name for name in named if isinstance(name, str)], entry, asked)
 
-    return Dataset(name, tuple(map(str, range(len(entries)))), read, content)
+    return Dataset(name, tuple(map(str, range(len(entries)))), read, content=content)
 
 
 def _sample(id: str, picture: Path, labels: Path, names: Mapping[str, int], prompt: str) -> Sample:

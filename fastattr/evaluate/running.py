@@ -88,6 +88,8 @@ def run(task: Task, out: Path, *, workers: int = 1) -> Results:
         FastattrError: the model cannot be explained at all, or a worker process died.
     """
     dataset = task.open()
+    if dataset.n_litter:
+        print(f"{dataset.n_litter} files of macOS or Windows were skipped (._*, .DS_Store, Thumbs.db)", file=sys.stderr)
     header = _header(task, dataset)
     done = _resume(out, header)
     changed = _changed(dataset, done)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastattr.chat import Chat, Messages, Prompt
 from fastattr.errors import ImageError, InputError
-from fastattr.images import read_image
+from fastattr.images import Visual, read_image
 from fastattr.log.record import Content
+from fastattr.parts import plain_part, without_source
 from fastattr.types import Attribution
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
     Args:
         messages: the text itself, or messages: `{"role": ..., "content": text or parts}` with parts of text,
             `{"type": "text", "text": ...}`, and of images (`image`, `image_url`, ...), whose pictures are given beside
-            them. One message of the user with one text and no part for images is that text, with its images before it.
+            them; what the parts say of sizes and frames is kept, see `fastattr.parts`. One message of the user with one
+            text and no part for images is that text, with its images before it.
 
     Raises:
         InputError: the messages are broken or end with the assistant's.
@@ -118,15 +120,29 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
 
 
 def _content(content: Any) -> Any:
-    """Parts of a message without what they hold: pictures are given beside them, and a URL is not fetched."""
+    """Parts of a message without the pictures they hold: those are given beside them, and a URL is not fetched."""
     content = content.tolist() if isinstance(content, np.ndarray) else content
     if not _are_mappings(content):
         return content
-    kinds = [str(part.get("type")) for part in content]
-    return [
-        {"type": "image"} if "image" in kind else {"type": "video"} if "video" in kind else dict(part)
-        for kind, part in zip(kinds, content, strict=True)
-    ]
+    return [without_source(plain_part(part)) for part in content]
+
+
+def pictures_of(messages: Sequence[Any]) -> list[Any]:
+    """The pictures that the parts of messages hold, in order; what `prompt_of` leaves out of them.
+
+    Raises:
+        InputError: only some of the parts for pictures hold one.
+    """
+    held = []
+    for message in messages:
+        content: Any = message.get("content") if isinstance(message, Mapping) else None
+        content = content.tolist() if isinstance(content, np.ndarray) else content
+        if _are_mappings(content):
+            parts = [plain_part(part) for part in content]
+            held += [part.get(part["type"]) for part in parts if part["type"] != "text"]
+    if None in held and held != [None] * len(held):
+        raise InputError(f"{held.count(None)} of {len(held)} picture parts hold no picture; put it into the part")
+    return [] if None in held else held
 
 
 def to_json(prompt: Prompt | None) -> Any:
@@ -170,6 +186,8 @@ def _image_bytes(image: Any) -> int:
         return image.width * image.height * 4
     if isinstance(image, _SEQUENCES):
         return sum(_image_bytes(frame) for frame in image)
+    if isinstance(image, Visual):
+        return _image_bytes(image.frames)
     if isinstance(image, _ENCODED):
         return len(image)
     return int(getattr(image, "nbytes", 0))
@@ -181,6 +199,8 @@ def digest(image: Any) -> str:
     Raises:
         ImageError: it cannot be read.
     """
+    if isinstance(image, Visual):
+        image = image.frames if len(image.frames) > 1 else image.frames[0]
     if isinstance(image, list | tuple):
         return hashlib.sha256("".join(digest(frame) for frame in image).encode()).hexdigest()
     if isinstance(image, bytes | bytearray | memoryview):
