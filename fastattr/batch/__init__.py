@@ -5,9 +5,9 @@ where an earlier call ended; `fastattr log` reads the output. Needs the packages
 of the repository; on a cluster those of `".[ray]"`.
 """
 
-from fastattr.batch.output import Failure
+from fastattr.batch.output import Failure, Reason
 from fastattr.batch.ray_data import RayExplainer
 from fastattr.batch.running import Progress, Summary, run
 from fastattr.batch.sources import Fields
 
-__all__ = ["Failure", "Fields", "Progress", "RayExplainer", "Summary", "run"]
+__all__ = ["Failure", "Fields", "Progress", "RayExplainer", "Reason", "Summary", "run"]
