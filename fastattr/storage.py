@@ -166,9 +166,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = ""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{str(path)!r} is a directory")
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = _make_temporary(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -178,13 +176,35 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     except SaveError:  # raised by whoever writes
         raise
     except OSError as error:
-        raise SaveError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
-        ) from error
+        raise SaveError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:
         if temporary:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before the work whether `whole_file` could write there. Nothing is left behind, an old file stays.
+
+    Raises:
+        SaveError: it could not: the folder is missing or read-only, `path` is a directory, or its name is too long.
+    """
+    handle, temporary = _make_temporary(Path(path))
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def _make_temporary(path: Path) -> tuple[int, str]:
+    """Create the file that is renamed to `path` when it is complete; returns its descriptor and name. Raises `SaveError`."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a directory")
+        return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except (OSError, ValueError) as error:  # a ValueError where the name holds a null character
+        raise SaveError(
+            f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}; choose a folder that exists "
+            "and is writable"
+        ) from error
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@
 
 from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
+from fastattr.adapters.content import model_content
 from fastattr.adapters.decoding import Decoder, Rows
 from fastattr.adapters.encode import EncodedExample, check_prompt, encode, encode_response, encode_scales
 from fastattr.adapters.ending import EndTokens, end_tokens
@@ -55,6 +56,7 @@ __all__ = [
     "hide_loading_bars",
     "load",
     "log_probs_of_images",
+    "model_content",
     "read_sglang",
     "read_vllm",
     "register_adapter",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,18 @@ def read_json(path: Path) -> Any:
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{str(path)!r} cannot be read: {error}") from error
+
+
+def digest(files: Iterable[Path], *values: Any) -> str:
+    """16 hex digits of the names and contents of files, and of values as JSON. A missing file counts as such."""
+    found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for path in files:
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except (OSError, ValueError):  # a ValueError where the name cannot be a path
+            content = "missing"
+        found.update(json.dumps([path.name, content]).encode())
+    return found.hexdigest()[:16]
 
 
 def read_text(path: Path) -> str:
