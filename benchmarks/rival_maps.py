@@ -65,9 +65,10 @@ class Rival:
 
 def own_maps(config: AttributionConfig, case: Case, targets: Sequence[int]) -> Tensor:
     """The maps of fastattr, `[target h w]` in [0, 1] on the grid of its largest scale."""
+    config = config.resolve(case.model.scales, case.model.head.vocab)
     readings = [
         read_states(case.model, [case.visual], case.prompt, case.response_ids, scale=scale, layer=config.layer)
-        for scale in config.scales
+        for scale in config.known_scales
     ]
     return explain_readings(case.model, [case.visual], case.prompt, readings, config).image[0][list(targets), 0]
 

@@ -264,16 +264,17 @@ def case_of(model: fastattr.Model, seed: int) -> Case:
 def read(model: fastattr.Model, case: Case, image: Image.Image) -> Reading:
     """The maps of every method and the log-probabilities of the words, from one forward a scale."""
     visual = Visual((image,))
-    wanted = {(scale, config.layer) for config in METHODS.values() for scale in config.scales}
+    configs = {name: config.resolve(model.scales, model.head.vocab) for name, config in METHODS.items()}
+    wanted = {(scale, config.layer) for config in configs.values() for scale in config.known_scales}
     states = {
         (scale, layer): read_states(model, [visual], case.prompt, case.response_ids, scale=scale, layer=layer)
         for scale, layer in wanted
     }
     found = {
         name: explain_readings(
-            model, [visual], case.prompt, [states[scale, config.layer] for scale in config.scales], config
+            model, [visual], case.prompt, [states[scale, config.layer] for scale in config.known_scales], config
         )
-        for name, config in METHODS.items()
+        for name, config in configs.items()
     }
     maps = {
         name: torch.stack([each.image[0][list(word), 0].amax(0) for word in case.words]) for name, each in found.items()

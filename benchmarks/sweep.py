@@ -27,10 +27,9 @@ from fastattr.evaluate.tables import hiding_gain, hiding_mean, plausibility_gain
 from fastattr.metrics import pool
 from fastattr.types import AttributionConfig, Method
 
-BASE = METHODS["arc"]
-BEST = METHODS["best"]
-
 THREE, LARGE, SMALL = (1.0, 1.5, 2.0), (1.0, 2.0, 3.0), (0.5, 1.0, 1.5, 2.0)
+BASE = replace(METHODS["arc"], scales=THREE)
+BEST = replace(METHODS["best"], scales=THREE)
 EVERY: tuple[Method, ...] = ("lens", "tam", "arc")
 CHANGES: Mapping[str, Sequence[Any]] = {
     "scale_mean": ("geometric",),

@@ -58,6 +58,7 @@ from fastattr.demo.scenes import describe, make_scene
 from fastattr.evaluate import method_of
 from fastattr.images import Visual
 from fastattr.metrics import Plausibility
+from fastattr.types import DEFAULT_SCALES
 
 SIDE = 96  # pixels; the model takes a picture of this size as it is
 NAMED = {rival.name: rival for rival in RIVALS}
@@ -135,7 +136,7 @@ def test_passes_are_counted_by_sequence(case: Case) -> None:
 N_TARGETS = 3
 WINDOWS = (6 + 1) ** 2 + 1  # of regional evidence, and the picture as it is
 PASSES = {  # forwards and backwards for N_TARGETS targets
-    **{f"fastattr {name}": (len(method_of(name).scales), 0) for name in OWN},
+    **{f"fastattr {name}": (len(method_of(name).scales or DEFAULT_SCALES), 0) for name in OWN},
     "fastattr best": (3 + WINDOWS, 0),
     "attention": (1, 0),
     "attention rollout": (1, 0),

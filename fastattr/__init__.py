@@ -2,7 +2,7 @@
 
 >>> import fastattr
 >>> model = fastattr.load("shapes")
->>> why = fastattr.attribute(model, "picture.png", "Describe the image.")
+>>> why = fastattr.attribute(model, "picture.png", "Describe the image.", method="best")
 >>> why["red circle"].box, why["red circle"].score
 """
 

@@ -57,7 +57,8 @@ class AttributionConfig:
         layer: -1 is the last; another one is read through the final norm. Predictions (rankings, probabilities,
             evidence) are always the model's own.
         regions: our own; weigh the maps by what the words fall with when windows of an `n x n` partition of the picture
-            are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards an image.
+            are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards an image and one for all: 50
+            for one image with 6.
         filter: apply the rank-Gaussian filter; None leaves it out where a grid has fewer than 16 cells a side. There it
             takes small things away, but with `context="all"` maps without it are less causal.
         evidence: run one more forward with the image blanked to middle grey.

@@ -45,7 +45,7 @@ class LogConfig:
         explain: in a `thread` of this process, or later in a `worker` process (`fastattr worker SPOOL`).
         attribution: how responses are explained: an `AttributionConfig`, the name of one (`"arc@1"`, `"best"`), or a
             mapping of options such as `{"method": "best", "evidence": False}`. Captured states are explained by the same
-            at the one scale the model saw and without `regions`, which would take more forwards.
+            at the one scale the model saw, from the last layer and without `regions`: the rest takes more forwards.
         model_revision: kept in each record, and what drift is measured within.
         content: `ids` keeps the response's token ids, `text` also texts of prompt and response, `none` neither.
         images: keep a SHA-256 of each (`hash`), also the pictures (`store`), or nothing (`none`).

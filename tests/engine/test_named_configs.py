@@ -359,3 +359,6 @@ def test_the_command_line_says_what_it_shows(
     assert run(monkeypatch, *words, "--scales", "1", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["configuration"], shown["method"], shown["scales"]) == ("arc@1", "arc", [1.0])
+    assert run(monkeypatch, *words, "--method", "tam", "--scales", "own", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["configuration"], shown["scales"]) == ("tam@1+1.5+2", [1.0, 1.5, 2.0])
