@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def read_head(
         states: of the model, see `hooks.state_dicts`: the forward leaves nothing there.
 
     Raises:
-        UnsupportedModelError: there is no head, its weights are nowhere, or it does something else.
+        UnsupportedModelError: there is no head, its weights are nowhere, it does something else, or the model's own
+            forward fails.
         StatesError: it holds NaN or Inf.
     """
     module = hf_model.get_output_embeddings()
@@ -170,14 +172,14 @@ def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> Out
     """The candidate nearest to the model's own logits.
 
     Raises:
-        UnsupportedModelError: none is near enough.
+        UnsupportedModelError: none is near enough, or the model's own forward fails.
     """
     weight = candidates[0].weight
     special = {getattr(config, name, None) for name in ("image_token_id", "video_token_id", "audio_token_id")}
     ids = [i for i in range(min(64, candidates[0].vocab)) if i not in special][:4]
     input_ids = torch.tensor([ids], device=device_of(hf_model.get_input_embeddings()))
     with record_output(decoder_of(hf_model)) as seen:
-        logits = hf_model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+        logits = _forward(hf_model, input_ids).logits[0, -1].float()
     states, logits = seen[-1][0, -1:].to(weight.device), logits.to(weight.device)
     # a spread of ids: the whole matrix in float32 would cost gigabytes in a large model
     sample = torch.linspace(
@@ -201,6 +203,22 @@ def _proven(hf_model: Any, config: Any, candidates: Sequence[OutputHead]) -> Out
             "linear layer with bias, logit scale and soft-cap, so token activations would be wrong"
         )
     return head
+
+
+def _forward(hf_model: Any, input_ids: Tensor) -> Any:
+    """The model's own output for a few text tokens `[1 seq]`.
+
+    Raises:
+        UnsupportedModelError: the class fails by itself, as Llama 4 does in transformers 5.24.0.
+    """
+    try:
+        return hf_model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    except (AttributeError, LookupError, NameError, TypeError) as error:  # what a mistake in its code raises
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__} does not run with transformers {version('transformers')}: its own forward of "
+            f"{input_ids.shape[1]} text tokens raised {type(error).__name__}: {error}. Install another release of "
+            "transformers; `fastattr models` says which one each family was proven with"
+        ) from error
 
 
 def _logits(states: Tensor, head: OutputHead) -> Tensor:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Backend = Literal["auto", "triton", "torch"]
 BACKENDS = ("auto", "triton", "torch")
@@ -45,6 +51,22 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def on_device_of(index: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Launch on the GPU that holds argument `index`: Triton launches on the current one, which may be another."""
+
+    def decorate(launch: Callable[P, R]) -> Callable[P, R]:
+        @wraps(launch)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            held = args[index]
+            assert isinstance(held, Tensor)
+            with torch.cuda.device_of(held):
+                return launch(*args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 def interpreting() -> bool:

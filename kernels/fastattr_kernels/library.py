@@ -79,6 +79,7 @@ _lm_head_operator = custom_op("fastattr::lm_head", mutates_args=())(_lm_head)
 
 @_lm_head_operator.register_fake
 def _(hidden, weight, k, bias, logit_scale, softcap, valid_vocab, with_logsumexp, backend):  # type: ignore[no-untyped-def]
+    reference.vocabulary(weight, valid_vocab, k)
     positions = hidden.shape[0]
     return (
         hidden.new_empty((positions, k), dtype=torch.int32),

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-CHUNK_BYTES = 16 * 2**20  # of logits, and of output embeddings as float32, for one chunk of the vocabulary
+# of logits, and of output embeddings as float32, for one chunk of the vocabulary
+CHUNK_BYTES = 16 * 2**20  # on a CPU: what stays in its cache
+DEVICE_CHUNK_BYTES = 128 * 2**20  # elsewhere, where every chunk costs a dozen launches
 GROUP = 32  # neighbouring ids whose greatest logit bounds the others
 BLOCK = 128  # targets, or context tokens, worked on together
 BLOCK_BYTES = 4 * 2**20  # of maps worked on together, with everything in between
@@ -51,7 +55,24 @@ def without_autocast(like: Tensor) -> AbstractContextManager[object]:
 
 def _on_matrix_units(hidden: Tensor, rows: Tensor) -> bool:
     """Whether a GPU multiplies these as they are and accumulates in float32; anything else is upcast first."""
-    return hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
+    if not (hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16)):
+        return False
+    if is_compiling():  # nothing can be tried in a graph
+        return torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+    return _mm_gives_float32(hidden.device, hidden.dtype)
+
+
+@lru_cache(maxsize=64)
+def _mm_gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.mm(..., out_dtype=torch.float32)` works here: not before torch 2.8, and not with ROCm. Tried once."""
+    sample = torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.mm(sample, sample, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
 
 
 def head_logits(
@@ -82,6 +103,17 @@ def _finish_(logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: f
     return logits
 
 
+def _columns_at_once(hidden: Tensor, weight: Tensor) -> int:
+    """The width of one chunk of the vocabulary, in whole groups."""
+    if hidden.device.type == "cpu":  # rows of output embeddings are to stay in the cache as well
+        chunk_bytes, numbers = CHUNK_BYTES, max(hidden.shape)
+    elif weight.dtype == torch.float32 or _on_matrix_units(hidden, weight):
+        chunk_bytes, numbers = DEVICE_CHUNK_BYTES, len(hidden)
+    else:
+        chunk_bytes, numbers = DEVICE_CHUNK_BYTES, max(hidden.shape)  # rows are upcast into memory of their own
+    return max(GROUP, chunk_bytes // (4 * max(1, numbers)) // GROUP * GROUP)
+
+
 def _logit_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, vocab: int
 ) -> Iterator[tuple[int, Tensor]]:
@@ -89,7 +121,7 @@ def _logit_chunks(
 
     The memory of a chunk is used again for the next. Its columns are whole groups; past the vocabulary they are -inf.
     """
-    width = min(vocab, max(GROUP, CHUNK_BYTES // (4 * max(1, *hidden.shape)) // GROUP * GROUP))
+    width = min(vocab, _columns_at_once(hidden, weight))
     buffer = upcast = None
     if not _on_matrix_units(hidden, weight):
         hidden = hidden.float()
@@ -104,6 +136,21 @@ def _logit_chunks(
         if count % GROUP:
             logits = F.pad(logits, (0, -count % GROUP), value=-torch.inf)
         yield ids.start, logits
+
+
+def vocabulary(weight: Tensor, valid_vocab: int | None, k: int = 1) -> int:
+    """The number of valid ids of an output head `[vocab dim]`, of which k are asked for.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    n_rows = weight.shape[0]
+    if valid_vocab is not None and not 1 <= valid_vocab <= n_rows:
+        raise ValueError(f"valid_vocab is {valid_vocab}, expected 1 to {n_rows}, the rows of the output embeddings")
+    vocab = n_rows if valid_vocab is None else valid_vocab
+    if not 1 <= k <= vocab:
+        raise ValueError(f"k is {k}, expected 1 to {vocab}, the number of ids in the vocabulary")
+    return vocab
 
 
 def lens(
@@ -152,7 +199,7 @@ def lm_head_topk(
         ids int32 `[position k]` and values float32 `[position k]`.
 
     Raises:
-        ValueError: when `k` is not within the vocabulary.
+        ValueError: when `k` or `valid_vocab` is not within the vocabulary.
     """
     best, _ = _scan_vocabulary(hidden, weight, k, bias, logit_scale, softcap, valid_vocab, with_logsumexp=False)
     return _ids_and_values(best)
@@ -176,7 +223,7 @@ def lm_head_summary(
         ids int32 `[position k]`, values float32 `[position k]`, log-sum-exp float32 `[position]`.
 
     Raises:
-        ValueError: when `k` is not within the vocabulary.
+        ValueError: when `k` or `valid_vocab` is not within the vocabulary.
     """
     best, total = _scan_vocabulary(hidden, weight, k, bias, logit_scale, softcap, valid_vocab, with_logsumexp=True)
     return *_ids_and_values(best), total
@@ -194,9 +241,7 @@ def _scan_vocabulary(
     with_logsumexp: bool,
 ) -> tuple[Tensor, Tensor]:
     """Keys of the top-k `[position k]`, see `_keys`, and log-sum-exp `[position]` if asked for."""
-    vocab = weight.shape[0] if valid_vocab is None else valid_vocab
-    if not 1 <= k <= vocab:
-        raise ValueError(f"k is {k}, expected 1 to {vocab}, the number of ids in the vocabulary")
+    vocab = vocabulary(weight, valid_vocab, k)
     best = torch.full((len(hidden), k), torch.iinfo(torch.int64).min, dtype=torch.int64, device=hidden.device)
     total = torch.full((len(hidden),), -torch.inf, dtype=torch.float32, device=hidden.device)
     for first_id, logits in _logit_chunks(hidden, weight, bias, logit_scale, softcap, vocab):
@@ -274,8 +319,11 @@ def lm_head_log_prob(
 
     Returns:
         float32 `[position]`.
+
+    Raises:
+        ValueError: when `valid_vocab` is not within the vocabulary.
     """
-    vocab = weight.shape[0] if valid_vocab is None else valid_vocab
+    vocab = vocabulary(weight, valid_vocab)
     total = torch.full((hidden.shape[0],), -torch.inf, dtype=torch.float32, device=hidden.device)
     for _, logits in _logit_chunks(hidden, weight, bias, logit_scale, softcap, vocab):
         total = torch.logaddexp(total, _logsumexp_(logits))

@@ -44,6 +44,45 @@ def check_head(held: Tiny, tolerance: float = 1e-5) -> fastattr.OutputHead:
     return head
 
 
+class BrokenQwen(transformers.Qwen2VLForConditionalGeneration):  # type: ignore[misc]
+    """Raises what `mistake` raises."""
+
+    mistake: Callable[[], Any]
+
+    @functools.wraps(transformers.Qwen2VLForConditionalGeneration.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.mistake()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (lambda: torch.zeros(1).image_outputs, "AttributeError: 'Tensor' object has no attribute 'image_outputs'"),
+        (lambda: {}["image"], "KeyError: 'image'"),
+        (lambda: nowhere, "NameError: name 'nowhere' is not defined"),  # type: ignore[name-defined]  # noqa: F821
+        (lambda: len(), "TypeError: len\\(\\) takes exactly one argument"),  # type: ignore[call-arg]
+    ],
+)
+def test_a_class_that_fails_by_itself_is_refused_with_its_release(mistake: Callable[[], Any], told: str) -> None:
+    held = tiny.qwen2_vl()
+    held.hf_model.__class__ = BrokenQwen
+    held.hf_model.mistake = mistake
+    expected = f"BrokenQwen does not run with transformers {transformers.__version__}.* {told}.*another release"
+    with pytest.raises(fastattr.UnsupportedModelError, match=expected):
+        fastattr.wrap(held.hf_model, held.processor)
+
+
+def test_memory_that_is_short_is_no_mistake_of_the_class() -> None:
+    def short() -> None:
+        raise torch.OutOfMemoryError("not enough")
+
+    held = tiny.qwen2_vl()
+    held.hf_model.__class__ = BrokenQwen
+    held.hf_model.mistake = short
+    with pytest.raises(torch.OutOfMemoryError, match="not enough"):
+        fastattr.wrap(held.hf_model, held.processor)
+
+
 # --- scaled and capped ------------------------------------------------------------------------------------------------
 
 

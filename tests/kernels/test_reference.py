@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -814,3 +815,115 @@ def test_multiscale_keeps_constants_if_weights_sum_to_one(grids: list[tuple[int,
 def test_multiscale_of_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one scale"):
         multiscale([], torch.ones(2, 0), (3, 3))
+
+
+# --- devices --------------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_is_given_few_operations(dtype: torch.dtype) -> None:
+    """One token of a large model, on no device at all: a CPU's chunks would be 132 and 1,600 operations."""
+    hidden = torch.empty(1, 3584, dtype=dtype, device="meta")
+    weight = torch.empty(152_064, 3584, dtype=dtype, device="meta")
+    with Operations() as seen:
+        lm_head_log_prob(hidden, weight, torch.zeros(1, dtype=torch.long, device="meta"))
+    chunks = 1 if dtype == torch.float32 else 17  # upcast into 128 MiB at a time
+    assert chunks <= seen.count <= 20 + 20 * chunks
+
+
+def test_a_device_that_multiplies_into_float32_takes_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_on_matrix_units", lambda hidden, rows: True)
+    weight = torch.empty(152_064, 3584, dtype=torch.bfloat16, device="meta")
+    for positions, chunks in ((1, 1), (220, 1), (1024, 5)):
+        hidden = torch.empty(positions, 3584, dtype=torch.bfloat16, device="meta")
+        assert -(-152_064 // reference._columns_at_once(hidden, weight)) == chunks
+
+
+@few
+@given(exact_heads(), st.sampled_from([1, 2**14, reference.DEVICE_CHUNK_BYTES]))
+def test_log_probabilities_are_the_same_in_a_devices_chunks(
+    case: tuple[Tensor, Tensor, Tensor | None, int, float], chunk_bytes: int
+) -> None:
+    hidden, weight, bias, _, logit_scale = case
+    ids = torch.arange(len(hidden)) % len(weight)
+
+    def columns(hidden: Tensor, weight: Tensor) -> int:  # as wide as a device takes them
+        return max(reference.GROUP, chunk_bytes // (4 * len(hidden)) // reference.GROUP * reference.GROUP)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_columns_at_once", columns)
+        found = lm_head_log_prob(hidden, weight, ids, bias, logit_scale=logit_scale)
+    head = head_of(weight, bias, logit_scale=logit_scale)
+    close(found, np.array([oracle.log_prob(head, double(hidden[row]), int(ids[row])) for row in range(len(ids))]))
+
+
+class OnGpu(Tensor):
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError, torch.OutOfMemoryError])
+def test_where_mm_gives_no_float32_both_sides_are_upcast(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch before 2.8 knows no `out_dtype`, ROCm refuses it; that memory is short says nothing of either."""
+    mm = torch.mm
+
+    def refusing(*args: Any, **kwargs: Any) -> Tensor:
+        if "out_dtype" in kwargs:
+            raise error("no out_dtype here")
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", refusing)
+    reference._mm_gives_float32.cache_clear()
+    hidden, weight = (draw(seed, n, 16).bfloat16().as_subclass(OnGpu) for seed, n in ((1, 3), (2, 40)))
+    try:
+        if error is torch.OutOfMemoryError:
+            with pytest.raises(error):
+                lm_head_log_prob(hidden, weight, torch.tensor([1, 2, 3]))
+            return
+        found = lm_head_log_prob(hidden, weight, torch.tensor([1, 2, 3]))
+    finally:
+        reference._mm_gives_float32.cache_clear()
+    logits = torch.from_numpy(double(hidden) @ double(weight).T)
+    expected = logits.log_softmax(1)[range(3), [1, 2, 3]]
+    torch.testing.assert_close(found.as_subclass(Tensor).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_where_mm_gives_float32_nothing_is_upcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def widening(left: Tensor, right: Tensor, **kwargs: Any) -> Tensor:
+        asked.append((left.dtype, right.dtype, kwargs))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(torch, "mm", widening)
+    reference._mm_gives_float32.cache_clear()
+    try:
+        lens(*(draw(seed, n, 16).bfloat16().as_subclass(OnGpu) for seed, n in ((1, 3), (2, 40))))
+    finally:
+        reference._mm_gives_float32.cache_clear()
+    assert asked == [(torch.bfloat16, torch.bfloat16, {"out_dtype": torch.float32})] * 2  # the trial, and the product
+
+
+@pytest.mark.parametrize("valid_vocab", [0, 41])
+def test_valid_ids_are_within_the_vocabulary(valid_vocab: int) -> None:
+    hidden, weight = draw(1, 3, 8), draw(2, 40, 8)
+    told = f"valid_vocab is {valid_vocab}, expected 1 to 40"
+    for call in (
+        lambda: lm_head_topk(hidden, weight, 1, valid_vocab=valid_vocab),
+        lambda: lm_head_log_prob(hidden, weight, torch.arange(3), valid_vocab=valid_vocab),
+    ):
+        with pytest.raises(ValueError, match=told):
+            call()

@@ -50,6 +50,7 @@ ROWS: dict[str, tuple[Row, Row]] = {}
 DEFAULT_ROWS = (Row(position=1024, warps=4), Row(position=2048, warps=8))
 
 
+@backend.on_device_of(0)
 def context_mean(context_activation: Tensor, weight: Tensor, *, n_before: int | None = None) -> Tensor:
     """What the context around a target lights up on average; see `reference.context_mean`."""
     (targets, context), positions, device = weight.shape, context_activation.shape[1], weight.device
@@ -76,6 +77,7 @@ def context_mean(context_activation: Tensor, weight: Tensor, *, n_before: int | 
     return mean
 
 
+@backend.on_device_of(0)
 def remove_interference(activation: Tensor, mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract from each map its best-fitting multiple of the context's; see `reference.remove_interference`.
 

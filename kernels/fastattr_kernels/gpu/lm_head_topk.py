@@ -111,6 +111,7 @@ def _choose(
     return road(hidden, weight, k, bias, logit_scale=logit_scale, softcap=softcap, valid_vocab=valid_vocab)
 
 
+@backend.on_device_of(0)
 def _filtered(
     hidden: Tensor,
     weight: Tensor,
@@ -130,8 +131,8 @@ def _filtered(
     Bytes: the output embeddings are read once per `ROWS` positions. Each float32 logit is written once to the
     workspace; it is read once, or if fused one in `GROUP` is and few others are. All of it fits the L2.
     """
-    vocab = weight.shape[0] if valid_vocab is None else valid_vocab
-    if not 1 <= k <= min(vocab, GREATEST_K):
+    vocab = reference.vocabulary(weight, valid_vocab, k)
+    if k > GREATEST_K:
         raise ValueError(f"k is {k}, expected 1 to {min(vocab, GREATEST_K)} for a vocabulary of {vocab} ids")
     if fused and hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, expected {weight.dtype}, as the output embeddings are")

@@ -67,6 +67,7 @@ class Cells:
     first: Tensor  # int32 [knot], the first pixel from there on; of the last knot, the number of pixels
 
 
+@backend.on_device_of(1)
 def multiscale(
     maps: Sequence[Tensor],
     weights: Tensor,

@@ -33,6 +33,7 @@ TILES = {"gfx942": Tile(lanes=64, rows=4, warps=1)}
 DEFAULT_TILE = Tile(lanes=32, rows=4, warps=1)
 
 
+@backend.on_device_of(0)
 def rank_gaussian(maps: Tensor, span: Tensor | None = None) -> Tensor:
     """Normalise, then the rank-Gaussian filter; see `reference.rank_gaussian`."""
     tile = TILES.get(backend.architecture(maps.device), DEFAULT_TILE)

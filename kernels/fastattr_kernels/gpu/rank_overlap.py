@@ -76,6 +76,7 @@ def _worth(k: int, persistence: float, device: torch.device) -> Tensor:
     return F.pad(reference.overlap_table(k, persistence, torch.device("cpu")), (0, 1)).to(device)
 
 
+@backend.on_device_of(0)
 def launch(
     left: Tensor,
     right: Tensor,

@@ -42,6 +42,8 @@ class Row:
         scales: that can be shown.
         video: videos are read as videos.
         stood_in: a part that could not be built without more packages and was replaced, for the table.
+        last_good: the last release of transformers whose class runs by itself, where the newest does not; the row is then
+            proven with a mended one.
     """
 
     model_type: str
@@ -51,6 +53,7 @@ class Row:
     scales: tuple[float, ...] = (1.0, 1.5, 2.0)
     video: bool = False
     stood_in: str = ""
+    last_good: str = ""
 
 
 def wrap(row: Row) -> fastattr.Model:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from packaging.version import Version
 
 from fastattr.adapters.families import FAMILIES
 from fastattr.adapters.families.table import PROVEN, as_markdown
@@ -35,7 +36,7 @@ def table(version: str) -> list[dict[str, Any]]:
                 "model_type": model_type,
                 "family": family.name,
                 "pictures": _pictures(family.tiles, family.resized, mine),
-                "proven": version,
+                "proven": min((row.last_good or version for row in mine), key=Version),
                 "stood_in": "; ".join(sorted({row.stood_in for row in mine if row.stood_in})),
             }
         )

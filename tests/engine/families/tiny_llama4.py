@@ -84,8 +84,12 @@ SPECIAL = (
 )
 
 
-def llama4(*, stretch: bool = False) -> Tiny:
-    """With the real `Llama4Processor`."""
+def llama4(*, stretch: bool = False, mended: bool = True) -> Tiny:
+    """With the real `Llama4Processor`.
+
+    The class of transformers 5.24.0 reads `image_outputs` of its text model's output, which has none, and so fails in
+    every forward. `mended` puts one there; where the class does not read it, that changes nothing.
+    """
     chat = tiny._chat(
         "<|begin_of_text|><|header_start|>{{ message['role'] }}<|header_end|>\\n\\n",
         "<|image|>",
@@ -117,7 +121,15 @@ def llama4(*, stretch: bool = False) -> Tiny:
         boi_token_index=tokenizer.convert_tokens_to_ids("<|image_start|>"),
         eoi_token_index=tokenizer.convert_tokens_to_ids("<|image_end|>"),
     )
-    return Tiny(tiny._finish(transformers.Llama4ForConditionalGeneration, config), processor)
+    held = Tiny(tiny._finish(transformers.Llama4ForConditionalGeneration, config), processor)
+    if mended:
+        held.hf_model.language_model.register_forward_hook(_without_images)
+    return held
+
+
+def _without_images(_module: Any, _inputs: Any, output: Any) -> None:
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def llama4_stretched() -> Tiny:

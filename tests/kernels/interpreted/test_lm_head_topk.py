@@ -308,7 +308,7 @@ def test_workspace_does_not_grow_with_the_vocabulary(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("k", "valid_vocab"), [(0, None), (31, None), (11, 10), (257, None)])
 def test_k_out_of_range(road: Road, k: int, valid_vocab: int | None) -> None:
-    with pytest.raises(ValueError, match=rf"k is {k}, expected 1 to (10|30) "):
+    with pytest.raises(ValueError, match=rf"k is {k}, expected 1 to (10|30)\b"):
         road(torch.ones(1, 2), torch.ones(30, 2), k, valid_vocab=valid_vocab)
 
 
