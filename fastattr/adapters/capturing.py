@@ -157,7 +157,7 @@ class CapturedStates:
         """
         start = self.n_prompt
         n = start + self.end_tokens.length(sequence[start:])
-        if n == start:
+        if n == start < len(sequence):
             raise InputError(
                 f"{self.model.name} answered nothing but {len(sequence) - start} end tokens, so there is nothing to explain"
             )

@@ -163,6 +163,8 @@ def _checked(model: Model, encoded: EncodedExample, options: Mapping[str, Any], 
             raise InputError(f"generate_options holds {name!r}, which fastattr sets itself: {reason}")
     if given.get("cache_implementation") == "paged":
         raise InputError("cache_implementation='paged' batches continuously and reads no images; choose another cache")
+    if setting(model, given, "token_healing"):
+        raise InputError("token_healing changes the end of the prompt, which is explained as it is; turn it off")
     for names, needed, missing in (
         (_SAMPLING, "do_sample=True", not given.get("do_sample")),
         (_BEAMS, "num_beams=2 or more", (setting(model, given, "num_beams") or 1) == 1),
@@ -223,8 +225,8 @@ def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -
         raise InputError(f"generate of {model.name} returned {found}, expected one sequence [1 seq]; pass a response")
     if not torch.equal(sequences[0, :n].to(prompt.device), prompt):
         raise InputError(
-            f"generate of {model.name} returned {sequences.shape[1]} tokens that do not begin with the {n} of the prompt "
-            "(token_healing changes it, for one); pass a response"
+            f"generate of {model.name} returned {sequences.shape[1]} tokens that do not begin with the {n} of the prompt; "
+            "pass a response"
         )
     said: list[int] = sequences[0, n:].tolist()
     return said
