@@ -159,7 +159,8 @@ class CapturedStates:
         n = start + self.end_tokens.length(sequence[start:])
         if n == start < len(sequence):
             raise InputError(
-                f"{self.model.name} answered nothing but {len(sequence) - start} end tokens, so there is nothing to explain"
+                f"{self.model.name} answered nothing but the end tokens {sequence[start:][:5].tolist()}, so there is nothing "
+                "to explain"
             )
         return n
 

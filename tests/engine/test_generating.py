@@ -627,3 +627,135 @@ def test_a_compiled_model(qwen: fastattr.Model) -> None:
     qwen.hf_model.forward = torch.compile(qwen.hf_model.forward, backend="eager")
     assert answers(qwen) == [expected] * 3
     parked(qwen).close()
+
+
+# --- where a response ends --------------------------------------------------------------------------------
+
+END, PAD, WORD = 40, 41, 30
+
+
+@pytest.mark.parametrize(
+    ("ids", "left"),
+    [
+        ([30, 31], [30, 31]),
+        ([30, 31, END], [30, 31]),
+        ([30, END, END, PAD, PAD], [30]),
+        ([30, END, PAD, END, PAD], [30]),
+        ([30, PAD, PAD], [30, PAD, PAD]),  # no end before it: an ordinary token
+        ([30, PAD, END], [30, PAD]),
+        ([30, END, 31, END], [30, END, 31]),  # a word follows
+        ([30, END, PAD, 31], [30, END, PAD, 31]),
+        ([END, PAD], []),
+        ([], []),
+    ],
+)
+def test_one_rule_cuts_the_end(qwen: fastattr.Model, ids: list[int], left: list[int]) -> None:
+    qwen.hf_model.generation_config.eos_token_id = [42, END]
+    qwen.hf_model.generation_config.pad_token_id = PAD
+    end = adapters.end_tokens(qwen)
+    assert list(end.cut(ids)) == left and end.length(torch.tensor(ids, dtype=torch.long)) == len(left)
+    if left:
+        whole = fastattr.attribute(qwen, picture(), PROMPT, ids, **ONE)
+        batch = fastattr.attribute_batch(qwen, [(picture(), PROMPT, torch.tensor(ids))], LENS)
+        streaming = fastattr.stream(qwen, picture(), PROMPT, ids, config=LENS)
+        said = [step.token_id for step in streaming]
+        assert [*whole.token_ids] == [*batch[0].token_ids] == [*streaming.attribution().token_ids] == said == left
+    elif ids:
+        with pytest.raises(fastattr.InputError, match=r"holds the end tokens \[40, 41\] alone"):
+            fastattr.attribute(qwen, picture(), PROMPT, ids, **ONE)
+        assert list(fastattr.stream(qwen, picture(), PROMPT, ids, config=LENS)) == []
+
+
+def test_ends_may_be_a_tensor_and_belong_to_the_call(qwen: fastattr.Model) -> None:
+    config = qwen.hf_model.generation_config
+    config.eos_token_id, config.pad_token_id = torch.tensor([1, 2]), None
+    assert adapters.end_tokens(qwen) == adapters.EndTokens(frozenset({1, 2}), frozenset())
+    assert adapters.end_tokens(qwen, {"eos_token_id": 3}).ends == {3}
+    assert adapters.end_tokens(qwen, {"eos_token_id": None}).ends == frozenset()
+    given = transformers.GenerationConfig(eos_token_id=[4], pad_token_id=5)
+    assert adapters.end_tokens(qwen, {"generation_config": given}) == adapters.EndTokens(frozenset({4}), frozenset({5}))
+    assert adapters.end_tokens(qwen, {"generation_config": transformers.GenerationConfig()}).ends == {1, 2}
+
+
+@pytest.mark.parametrize("where", ["model", "argument", "configuration", "positional"])
+def test_a_captured_end_is_no_word(model: fastattr.Model, where: str) -> None:
+    """What is explained of a captured answer is what `attribute` explains, whoever named its end tokens."""
+    plain = by_hand(model)
+    end = late(plain)
+    expected = plain[: plain.index(end)]
+    never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
+    own = model.hf_model.generation_config
+    changed = transformers.GenerationConfig(
+        eos_token_id=end, do_sample=False, max_new_tokens=N, suppress_tokens=never, pad_token_id=0
+    )
+    inputs = prepared(model)
+    ids = inputs.pop("input_ids")
+    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": N, "suppress_tokens": never}
+    with fastattr.capture(model) as states:
+        if where == "positional":
+            out = model.hf_model.generate(ids, changed, **inputs)
+        elif where == "configuration":
+            out = model.hf_model.generate(input_ids=ids, generation_config=changed, **inputs)
+        elif where == "argument":
+            out = model.hf_model.generate(input_ids=ids, eos_token_id=end, **asked, **inputs)
+        else:
+            own.eos_token_id = end
+            out = model.hf_model.generate(input_ids=ids, **asked, **inputs)
+    assert int(out[0, -1]) == end
+    own.eos_token_id = None if where != "model" else end
+    why = states.attribute(out, image=picture(), prompt=PROMPT, method="lens", filter=False, evidence=True)
+    assert (list(why.token_ids), why.source) == (expected, "capture")
+    whole = fastattr.attribute(model, picture(), PROMPT, expected, **{**ONE, "evidence": True})
+    for name in ("context", "log_prob", "evidence"):
+        torch.testing.assert_close(getattr(why, name), getattr(whole, name), rtol=1e-3, atol=1e-4)
+    for one, other in zip(why.image, whole.image, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_answer_of_nothing(qwen: fastattr.Model) -> None:
+    inputs, first = prepared(qwen), by_hand(qwen)[0]
+    never = [*qwen.placeholder_ids, *range(qwen.head.vocab, len(qwen.head.weight))]
+    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": N, "suppress_tokens": never}
+    with fastattr.capture(qwen) as states:
+        out = qwen.hf_model.generate(**inputs, **asked, eos_token_id=first)
+    with pytest.raises(fastattr.InputError, match=rf"answered nothing but the end tokens \[{first}\]"):
+        states.attribute(out, image=picture(), prompt=PROMPT)
+
+
+def test_tokens_of_a_streamer_end_where_the_answer_ends(qwen: fastattr.Model) -> None:
+    plain = by_hand(qwen)
+    qwen.hf_model.generation_config.eos_token_id = late(plain)
+    tokens = fastattr.TokenStream()
+    never = [*qwen.placeholder_ids, *range(qwen.head.vocab, len(qwen.head.weight))]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": N, "suppress_tokens": never, "streamer": tokens}
+    qwen.hf_model.generate(**prepared(qwen), **options)
+    said = [step.token_id for step in fastattr.stream(qwen, picture(), PROMPT, tokens, config=LENS)]
+    assert said == plain[: plain.index(late(plain))]
+
+
+# --- what a token costs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lens", "tam", "arc"])
+def test_one_pass_over_the_vocabulary_a_token(
+    qwen: fastattr.Model, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all scales and the blanked image together, one matrix product with the output embeddings."""
+    passes: list[tuple[str, int]] = []
+
+    def count(name: str) -> None:
+        run = getattr(fastattr.ops, name)
+
+        def counted(states: Tensor, *args: Any, **options: Any) -> Any:
+            passes.append((name, len(states)))
+            return run(states, *args, **options)
+
+        monkeypatch.setattr(fastattr.ops, name, counted)
+
+    for name in ("lm_head_summary", "lm_head_log_prob", "lm_head_topk"):
+        count(name)
+    config = AttributionConfig(method=method, scales=(1.0, 1.5), evidence=True)
+    streaming = fastattr.stream(qwen, picture(), PROMPT, [30, 31, 32], config=config)
+    passes.clear()
+    list(streaming)
+    assert passes == [("lm_head_summary" if method == "arc" else "lm_head_log_prob", 3)] * 3
