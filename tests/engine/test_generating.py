@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ import peft
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fastattr
@@ -245,12 +248,12 @@ def a_few(_batch: int, _ids: Tensor) -> list[int]:
 def second_best(hf_model: Any, input_ids: Tensor, generation_config: Any, **inputs: Any) -> Tensor:
     """Decoding of the user's own, which knows no streamer."""
     names = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "mm_token_type_ids", "token_type_ids")
-    given = {name: value for name, value in inputs.items() if name in names}
+    shown = {name: value for name, value in inputs.items() if name in names}
     n_prompt = input_ids.shape[1]
     for n in range(generation_config.max_new_tokens):
         longer = {
             name: torch.nn.functional.pad(value, (0, n)) if name.endswith("type_ids") else value
-            for name, value in given.items()
+            for name, value in shown.items()
         }
         logits = hf_model(input_ids=input_ids, **longer).logits[:, -1]
         logits[:, generation_config.suppress_tokens] = -torch.inf
@@ -293,9 +296,9 @@ def test_options_are_passed_on(model: fastattr.Model, name: str) -> None:
     make, differs = OPTIONS[name]
     options = make(model, plain)
     torch.manual_seed(0)
-    given = dict(options)
-    config = given.pop("generation_config", None)
-    expected = by_hand(model, **given, **({} if config is None else {"eos_token_id": config.eos_token_id}))
+    plainly = dict(options)
+    config = plainly.pop("generation_config", None)
+    expected = by_hand(model, **plainly, **({} if config is None else {"eos_token_id": config.eos_token_id}))
     assert answers(model, options) == [expected] * 3
     assert not differs or expected != plain
 
@@ -363,6 +366,32 @@ def test_what_cannot_be_chosen(qwen: fastattr.Model) -> None:
         fastattr.attribute_batch(qwen, [(picture(), PROMPT, [30])], LENS, **own)
     with pytest.raises(fastattr.InputError, match=r"for the model's own answer, but tokens were given"):
         fastattr.stream(qwen, picture(), PROMPT, [30], config=LENS, **own)
+
+
+def test_processors_that_generate_drops_are_told(qwen: fastattr.Model) -> None:
+    generate = qwen.hf_model.generate
+    expected = by_hand(qwen)
+    qwen.hf_model.generate = lambda logits_processor=None, **arguments: generate(**arguments)  # as that of Janus
+    options: dict[str, Any] = {"max_new_tokens": N, "generate_options": {"logits_processor": [Rising()]}}
+    with pytest.raises(fastattr.InputError, match="does not use logits_processor"):
+        fastattr.attribute(qwen, picture(), PROMPT, **options, **ONE)
+    with pytest.raises(fastattr.InputError, match="does not use logits_processor"):
+        list(fastattr.stream(qwen, picture(), PROMPT, config=LENS, **options))
+    assert answers(qwen) == [expected] * 3
+
+
+def test_a_streamer_that_is_told_something_else(qwen: fastattr.Model) -> None:
+    generate = qwen.hf_model.generate
+
+    def changed(**arguments: Any) -> Tensor:
+        out = generate(**arguments).clone()
+        out[0, -N] = 30
+        return out
+
+    qwen.hf_model.generate = changed
+    with pytest.raises(fastattr.InputError, match=r"streamed the ids \[.*\] and returned \[30, "):
+        list(fastattr.stream(qwen, picture(), PROMPT, config=LENS, max_new_tokens=N))
+    assert no_thread()
 
 
 class Picture(transformers.LogitsProcessor):  # type: ignore[misc]
@@ -666,14 +695,22 @@ def test_one_rule_cuts_the_end(qwen: fastattr.Model, ids: list[int], left: list[
         assert list(fastattr.stream(qwen, picture(), PROMPT, ids, config=LENS)) == []
 
 
+@given(ids=st.lists(st.sampled_from([END, PAD, WORD]), max_size=12))
+def test_the_rule_is_the_last_end_and_padding_behind_it(ids: list[int]) -> None:
+    letters = "".join({END: "e", PAD: "p", WORD: "w"}[token_id] for token_id in ids)
+    left = re.sub("e[ep]*$", "", letters)
+    end = adapters.EndTokens(frozenset({END}), frozenset({PAD}))
+    assert list(end.cut(ids)) == ids[: len(left)]
+
+
 def test_ends_may_be_a_tensor_and_belong_to_the_call(qwen: fastattr.Model) -> None:
     config = qwen.hf_model.generation_config
     config.eos_token_id, config.pad_token_id = torch.tensor([1, 2]), None
     assert adapters.end_tokens(qwen) == adapters.EndTokens(frozenset({1, 2}), frozenset())
     assert adapters.end_tokens(qwen, {"eos_token_id": 3}).ends == {3}
     assert adapters.end_tokens(qwen, {"eos_token_id": None}).ends == frozenset()
-    given = transformers.GenerationConfig(eos_token_id=[4], pad_token_id=5)
-    assert adapters.end_tokens(qwen, {"generation_config": given}) == adapters.EndTokens(frozenset({4}), frozenset({5}))
+    other = transformers.GenerationConfig(eos_token_id=[4], pad_token_id=5)
+    assert adapters.end_tokens(qwen, {"generation_config": other}) == adapters.EndTokens(frozenset({4}), frozenset({5}))
     assert adapters.end_tokens(qwen, {"generation_config": transformers.GenerationConfig()}).ends == {1, 2}
 
 
