@@ -192,9 +192,10 @@ class CapturedStates:
         """
         start = self.n_prompt
         n = start + self.end_tokens.length(sequence[start:])
-        if n == start:
+        if n == start < len(sequence):
             raise InputError(
-                f"{self.model.name} answered nothing but {len(sequence) - start} end tokens, so there is nothing to explain"
+                f"{self.model.name} answered nothing but the end tokens {sequence[start:][:5].tolist()}, so there is nothing "
+                "to explain"
             )
         return n
 

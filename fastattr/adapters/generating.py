@@ -85,11 +85,13 @@ def generate_call(
         "do_sample": bool(given.get("do_sample")),
         "suppress_tokens": sorted(never.union(chosen("suppress_tokens") or ())),
     }
-    if given.get("custom_generate") is None:
+    if given.get("custom_generate") is not None:
+        arguments["max_new_tokens"] = max_new_tokens
+    else:
         # as a whole length: transformers warns of max_new_tokens where the generation_config holds a max_length
         arguments |= {"max_length": n_prompt + max_new_tokens, "max_new_tokens": None}
-    else:
-        arguments["max_new_tokens"] = max_new_tokens
+        if given.get("logits_processor"):
+            arguments["logits_processor"] = [*given["logits_processor"], _Witness()]
     if (chosen("num_return_sequences") or 1) > 1:
         arguments["num_return_sequences"] = 1
     for name, most in (("min_new_tokens", max_new_tokens), ("min_length", n_prompt + max_new_tokens)):
@@ -163,6 +165,8 @@ def _checked(model: Model, encoded: EncodedExample, options: Mapping[str, Any], 
             raise InputError(f"generate_options holds {name!r}, which fastattr sets itself: {reason}")
     if given.get("cache_implementation") == "paged":
         raise InputError("cache_implementation='paged' batches continuously and reads no images; choose another cache")
+    if setting(model, given, "token_healing"):
+        raise InputError("token_healing changes the end of the prompt, which is explained as it is; turn it off")
     for names, needed, missing in (
         (_SAMPLING, "do_sample=True", not given.get("do_sample")),
         (_BEAMS, "num_beams=2 or more", (setting(model, given, "num_beams") or 1) == 1),
@@ -193,6 +197,16 @@ def _differing(model: Model, config: Any) -> dict[str, Any]:
     }
 
 
+class _Witness:
+    """A logits processor that changes nothing, to know whether they are used: Janus's `generate` drops them."""
+
+    was_called = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.was_called = True
+        return scores
+
+
 def _later(answer: Callable[[], Iterable[int]]) -> Iterator[int]:
     yield from answer()
 
@@ -215,6 +229,10 @@ def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -
         raise
     except ValueError as error:
         raise InputError(f"{model.name} cannot generate an answer: {error}") from error
+    if any(isinstance(each, _Witness) and not each.was_called for each in arguments.get("logits_processor") or ()):
+        raise InputError(
+            f"generate of {type(model.hf_model).__name__} does not use logits_processor; leave it out of generate_options"
+        )
     sequences = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
     prompt = encoded.input_ids
     n = len(prompt)
@@ -223,8 +241,8 @@ def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -
         raise InputError(f"generate of {model.name} returned {found}, expected one sequence [1 seq]; pass a response")
     if not torch.equal(sequences[0, :n].to(prompt.device), prompt):
         raise InputError(
-            f"generate of {model.name} returned {sequences.shape[1]} tokens that do not begin with the {n} of the prompt "
-            "(token_healing changes it, for one); pass a response"
+            f"generate of {model.name} returned {sequences.shape[1]} tokens that do not begin with the {n} of the prompt; "
+            "pass a response"
         )
     said: list[int] = sequences[0, n:].tolist()
     return said

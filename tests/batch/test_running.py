@@ -22,15 +22,16 @@ from hypothesis import strategies as st
 
 import fastattr
 from fastattr import AttributionConfig
-from fastattr.adapters import Model
+from fastattr.adapters import Model, encode
 from fastattr.batch import Progress, Summary, run
-from fastattr.batch.explaining import Ready, backing_off, load_model
+from fastattr.batch.explaining import Ready, backing_off, explain_rows, load_model
 from fastattr.batch.output import open_output
 from fastattr.batch.plan import Shard
 from fastattr.batch.running import Engine
 from fastattr.batch.shards import MAX_DEATHS, Job, ShardResult, Task, Underway, run_shard
 from fastattr.batch.sources import Row
 from fastattr.errors import FastattrError, InputError, SaveError
+from fastattr.images import read_visuals
 from fastattr.log import read
 from fastattr.log.doctor import examine
 from fastattr.log.reading import query
@@ -89,6 +90,32 @@ def test_a_batch_is_explained_by_the_named_configuration(
     assert record.attribution.config == why.config
     for kept, maps in zip(record.attribution.image, why.image, strict=True):
         assert float((kept - maps).abs().max()) <= 0.5 / 255 + 1e-6
+
+
+def test_generated_answers_follow_the_models_configuration(model: Model) -> None:
+    """Rows that are explained together have the answers of transformers itself, one by one."""
+    config = model.hf_model.generation_config
+    before = config.repetition_penalty
+    config.repetition_penalty = 3.0
+    try:
+        rows = [
+            Ready(Row(i, str(i), f"row {i}", (), PROMPT, ANSWER if i == 1 else None), (png(i),), 1) for i in range(3)
+        ]
+        found = explain_rows(model, rows, LENS, 30)
+        for i in (0, 2):
+            why = found[i]
+            assert isinstance(why, fastattr.Attribution)
+            encoded = encode(model, read_visuals(png(i)), PROMPT)
+            ids = encoded.input_ids[None]
+            inputs = {**encoded.model_inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
+            options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 30, "suppress_tokens": never}
+            said = model.hf_model.generate(**inputs, **options)[0, ids.shape[1] :].tolist()
+            plain = model.hf_model.generate(**inputs, **options, repetition_penalty=1.0)[0, ids.shape[1] :].tolist()
+            said = said[: said.index(config.eos_token_id)] if config.eos_token_id in said else said
+            assert list(why.token_ids) == said != plain
+    finally:
+        config.repetition_penalty = before
 
 
 def test_shards_do_not_decide_what_is_written(tmp_path: Path, inline: Engine) -> None:

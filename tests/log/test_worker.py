@@ -194,6 +194,27 @@ def test_a_worker_makes_the_record_the_thread_would_have_made(
         assert (one.attribution.pictures[0] == two.attribution.pictures[0]).all()
 
 
+def test_a_worker_knows_where_the_answer_ended(model: fastattr.Model, picture: Image.Image, tmp_path: Path) -> None:
+    """The end token was named in the call of `generate`, which the worker never sees."""
+    said = answer(model, picture)
+    end = said[4]
+    expected = said[: said.index(end)]
+    for explain in ("thread", "worker"):
+        with AttributionLogger(tmp_path / explain, sample_rate=1.0, explain=explain, content="text") as logger:
+            with fastattr.capture(model, buffer=logger.buffer) as states:
+                out = model.hf_model.generate(
+                    **inputs_of(model, picture), max_new_tokens=6, do_sample=False, eos_token_id=end
+                )
+            assert int(out[0, -1]) == end
+            assert logger.submit(states, out, request_id="ended", images=[picture], prompt=PROMPT)
+            assert logger.flush(PATIENCE_S)
+    assert explain_all(tmp_path / "worker", model).written == 1
+    thread, worker = (records(tmp_path / explain)["ended"].attribution for explain in ("thread", "worker"))
+    assert list(thread.token_ids) == list(worker.token_ids) == expected
+    assert thread.source == worker.source == "capture"
+    assert_same(worker, thread)
+
+
 def test_an_attribution_that_exists_needs_no_worker(opened: Callable[..., AttributionLogger], tmp_path: Path) -> None:
     logger = opened(explain="worker")
     assert logger.submit_attribution(WHY, request_id="made")
