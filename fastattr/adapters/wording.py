@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 from torch import Tensor
 
-from fastattr.adapters.model import Model
+from fastattr.adapters.model import Model, accepts
 from fastattr.chat import Chat, Prompt
 from fastattr.errors import InputError, TokenLayoutError
 from fastattr.text import decode_tokens
@@ -44,8 +44,12 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
     messages = [{**message, "content": parts(message.get("content"))} for message in chat.messages]
     _check_options(model, chat, messages)
     options = {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.template_options}
+    renderer = model.processor
+    if not all(accepts(renderer.apply_chat_template, name) for name in options):
+        # somebody's own processor need not take any; where it leaves chats to its tokenizer, that one does
+        renderer = renderer.tokenizer if _tokenizer_renders(renderer, messages) else renderer
     try:
-        return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
+        return str(renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
     except (ValueError, TypeError, TemplateError) as error:
         raise InputError(f"{type(model.processor).__name__} cannot render the chat: {error}") from error
 
