@@ -84,7 +84,8 @@ def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
     Decoders are no concatenation: bytes of several tokens are one character, one broken byte spoils the characters of a
     whole run of byte tokens (`<0xE2>`), and some drop the first space. So each distinct token is decoded once behind an
     ordinary one, each run of tokens that hold parts of characters as a whole, and what comes out is laid along the text.
-    Where that does not fit, all tokens up to there are decoded again. The cost is linear in the length.
+    The cost is linear in the length. Where it does not fit, all tokens up to there are decoded again: no tokenizer that
+    is known here needs that but at special tokens.
     """
     ids = list(ids)
     if not ids:
@@ -117,7 +118,7 @@ def decode_response(
     """
     said = decode_tokens(response_ids, decode)
     special = tuple(i for i, id in enumerate(response_ids) if id in special_ids)
-    (ending,) = decode([list(prompt_ids[-_PROMPT_END:])])
+    (ending,) = decode([[id for id in prompt_ids[-_PROMPT_END:] if id >= 0]])  # some count placeholders below zero
     return replace(said, special=special, reasoning=find_reasoning(said.text, ending))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 from torch import Tensor
 
-from fastattr.adapters.model import Model
+from fastattr.adapters.model import Model, accepts
 from fastattr.chat import Chat, Prompt
 from fastattr.errors import InputError, TokenLayoutError
 from fastattr.text import decode_tokens
@@ -27,7 +27,6 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
     Raises:
         InputError: the processor has no chat template, it refuses the conversation, or it does not read an option.
     """
-    _check_options(model, chat)
     left = iter(shown_as)
 
     def parts(content: Any) -> Any:
@@ -43,22 +42,27 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
         return shown
 
     messages = [{**message, "content": parts(message.get("content"))} for message in chat.messages]
+    _check_options(model, chat, messages)
     options = {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.template_options}
+    renderer = model.processor
+    if not all(accepts(renderer.apply_chat_template, name) for name in options):
+        # somebody's own processor need not take any; where it leaves chats to its tokenizer, that one does
+        renderer = renderer.tokenizer if _tokenizer_renders(renderer, messages) else renderer
     try:
-        return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
+        return str(renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
     except (ValueError, TypeError, TemplateError) as error:
         raise InputError(f"{type(model.processor).__name__} cannot render the chat: {error}") from error
 
 
-def _check_options(model: Model, chat: Chat) -> None:
+def _check_options(model: Model, chat: Chat, messages: Sequence[Mapping[str, Any]]) -> None:
     """Refuse options that the template would ignore, where its text is known and is what renders the chat."""
     given = set(chat.template_options) - {"chat_template"}
-    owner = model.processor
-    known_ways = ("transformers.", "fastattr.")
-    if not given or not type(owner).apply_chat_template.__module__.startswith(known_ways):
+    if not given:
         return
+    owner = model.processor
     template = chat.template_options.get("chat_template") or getattr(owner, "chat_template", None)
-    template = template or getattr(owner.tokenizer, "chat_template", None)
+    if template is None and _tokenizer_renders(owner, messages):
+        template = getattr(owner.tokenizer, "chat_template", None)
     read = _variables(template) if isinstance(template, str) else None
     if read is None or given <= read:
         return
@@ -68,6 +72,18 @@ def _check_options(model: Model, chat: Chat) -> None:
         f"template_options holds {', '.join(sorted(given - read))}, which the chat template of {model.name} does not read; "
         f"the options it reads: {known}"
     )
+
+
+def _tokenizer_renders(processor: Any, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a processor leaves chats to its tokenizer: somebody's own may do anything with an option."""
+    try:
+        one, other = (
+            each.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            for each in (processor, processor.tokenizer)
+        )
+    except (AttributeError, ValueError, TypeError, TemplateError):
+        return False
+    return bool(one == other)
 
 
 _TEMPLATE_NAMES = ("add_generation_prompt", "documents", "messages", "raise_exception", "strftime_now", "tools")
@@ -246,7 +262,6 @@ def _written(model: Model, chat: Chat) -> list[_Written]:
     Raises:
         TokenLayoutError: it leaves out what the user said.
     """
-    _check_options(model, chat)
     marks = [(_BEGIN.format(i), _END.format(i)) for i in range(len(chat.texts))]
     around = _render_texts(model, chat, [begin + end for begin, end in marks])
     marked = _render_texts(
@@ -309,7 +324,10 @@ def _render_texts(model: Model, chat: Chat, texts: Sequence[str]) -> str:
     messages = tuple({**each, "content": changed(each.get("content"))} for each in chat.messages)
     try:
         return render(model, replace(chat, messages=messages), [(False, 1)] * chat.n_pictures)
-    except InputError:  # no template: a captured chat was written by hand
+    except InputError:
+        if chat.template_options:
+            raise
+        # no template: a captured chat was written by hand
         return "".join(texts)
 
 

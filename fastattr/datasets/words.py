@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import regex
 
 from fastattr import text
 from fastattr.datasets.sample import Mention
@@ -36,7 +36,7 @@ FUNCTION_WORDS = frozenset(
 )
 
 _NEVER_ALONE = FUNCTION_WORDS | text.FUNCTION_WORDS  # of the words of a longer name
-_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+_WORD = regex.compile(r"[^\W_]+(?:-[^\W_]+)*")  # unlike in re, accents and vowel signs belong to words
 
 
 def function_spans(response: str, words: Collection[str] = FUNCTION_WORDS) -> tuple[Span, ...]:

@@ -36,7 +36,6 @@ const responseWords = page.response.pieces.map(([, text, isText], i) => {
   const word = element("span", isText ? "token" : "token bare", text);
   word.dataset.index = i;
   word.setAttribute("role", "button");
-  word.tabIndex = i === 0 ? 0 : -1;
   if (/^\s+$/.test(text)) word.classList.add(text.includes("\n") ? "newline" : "space");
   return word;
 });
@@ -47,7 +46,7 @@ const tints = new Uint8Array(words.length);
 const screens = page.pictures.map(buildScreen);
 
 layOut($("prompt"), page.prompt, promptWords);
-layOut($("response"), page.response, responseWords);
+layOut($("response"), page.response, responseWords, page.folds);
 $("fields").append(...rows);
 $("fields-count").textContent = `${fields.length} ${fields.length === 1 ? "value" : "values"}`;
 document.body.classList.toggle("structured", fields.length > 0);
@@ -55,14 +54,45 @@ $("pictures").classList.toggle("several", screens.length > 1);
 $("strongest-key").hidden = screens.length < 2;
 $("bars-key").hidden = screens.every(({ count }) => count < 2);
 $("model").textContent = page.model;
-document.title = `${$("response").textContent.replace(/\s+/g, " ").slice(0, 60)} · fastattr`;
+responseWords.forEach((word, i) => (word.tabIndex = i === (nextShown(0, 1) ?? 0) ? 0 : -1));
+const answer = [...$("response").childNodes].filter((part) => part.nodeName !== "DETAILS").map((part) => part.textContent).join("");
+document.title = `${answer.trim().replace(/\s+/g, " ").slice(0, 60)} · fastattr`;
 buildSwitch();
 drawHeatKey();
 use(0);
 
-function layOut(parent, { pieces, tail }, spans) {
-  pieces.forEach(([before], i) => parent.append(before, spans[i]));
+/** Tokens one after the other; those of a fold go into a part that can be opened. */
+function layOut(parent, { pieces, tail }, spans, folds = []) {
+  const ranges = folds[Symbol.iterator]();
+  let [first, last] = ranges.next().value ?? [];
+  let into = parent;
+  pieces.forEach(([before], i) => {
+    if (i === first) {
+      into = element("details", "fold");
+      into.append(element("summary", "", `Reasoning · ${last - first} ${last - first === 1 ? "token" : "tokens"}`));
+      parent.append(into);
+    }
+    into.append(before, spans[i]);
+    if (i + 1 !== last) return;
+    into = parent;
+    [first, last] = ranges.next().value ?? [];
+  });
   parent.append(tail);
+}
+
+/** Whether a token is in a part that is closed. */
+function isFolded(i) {
+  return i < nTokens && responseWords[i].closest("details:not([open])") !== null;
+}
+
+/** The token nearest to `i` that is on show, in the given direction or else in the other one. */
+function nextShown(i, direction) {
+  const along = (by) => {
+    let at = i;
+    while (at >= 0 && at < nTokens && isFolded(at)) at += by;
+    return at >= 0 && at < nTokens ? at : undefined;
+  };
+  return along(direction) ?? along(-direction);
 }
 
 function buildRow({ stem, step, value, isText, complete }, k) {
@@ -618,7 +648,7 @@ for (const list of [$("response"), $("fields")]) {
     if (thing) toggle(indexOf(thing));
   });
   list.addEventListener("focusin", (event) => {
-    if (!event.target.matches(":focus-visible")) return; // a click also focuses, and has said what it wants
+    if (!thingOf(event.target) || !event.target.matches(":focus-visible")) return; // a click also focuses, and has said what it wants
     cursor = indexOf(thingOf(event.target));
     show();
   });
@@ -660,7 +690,8 @@ function tokenFor(key) {
     Home: 0,
     End: nTokens - 1,
   }[key];
-  return to === undefined ? undefined : Math.max(0, Math.min(nTokens - 1, to));
+  if (to === undefined) return undefined;
+  return nextShown(Math.max(0, Math.min(nTokens - 1, to)), key === "ArrowLeft" || key === "End" ? -1 : 1);
 }
 
 /** Keep the next word with low evidence, and after the last the first again. */
@@ -675,7 +706,7 @@ $("low-step").addEventListener("click", () => {
 function stepTo(i) {
   if (pinned !== null) keep(i);
   const button = buttonOf(things[i]);
-  things[i].parentElement.querySelector('[tabindex="0"]').tabIndex = -1;
+  things[i].closest("#response, #fields").querySelector('[tabindex="0"]').tabIndex = -1;
   button.tabIndex = 0;
   button.focus({ preventScroll: true });
   things[i].scrollIntoView({ block: "nearest" });

@@ -29,6 +29,7 @@ from fastattr.fields import Field, path_name, read_fields
 from fastattr.report.picture import color_table, frames, quantise
 from fastattr.selection import peak_box, peak_step
 from fastattr.storage import whole_file
+from fastattr.text import reasoning_tokens
 from fastattr.types import Attribution, AttributionConfig
 
 PNG_UP_TO = 512  # pixels of the longer side; larger pictures are embedded as JPEG
@@ -96,12 +97,25 @@ def _payload(attributions: Sequence[Attribution]) -> dict[str, Any]:
     return {
         "model": first.model,
         "response": _passage(first.response, first.spans, first.tokens),
+        "folds": _folds(first),
         "fields": [dataclasses.astuple(_row(field)) for field in _fields(first)],
         "prompt": _passage(prompt, _locate(prompt, prompt_tokens), prompt_tokens),
         "pictures": [_picture(illustrated, image) for image in range(len(first.image))],
         "colors": _base64(color_table()),
         "views": [_view(a, label) for a, label in zip(attributions, _labels(attributions), strict=True)],
     }
+
+
+def _folds(attribution: Attribution) -> list[tuple[int, int]]:
+    """Half-open ranges of tokens that are reasoning, with tokens between them that say nothing."""
+    silent = {*attribution.special, *(i for i, (start, stop) in enumerate(attribution.spans) if start == stop)}
+    folds: list[tuple[int, int]] = []
+    for token in reasoning_tokens(attribution):
+        if folds and all(between in silent for between in range(folds[-1][1], token)):
+            folds[-1] = (folds[-1][0], token + 1)
+        else:
+            folds.append((token, token + 1))
+    return folds
 
 
 def _check_comparable(attributions: Sequence[Attribution]) -> None:
@@ -316,7 +330,7 @@ def _low_evidence(attribution: Attribution, evidence: Tensor) -> dict[str, Any]:
             for word in attribution.low_evidence
         ],
         "threshold": threshold,
-        "key": f"{key}. English function words are left out.",
+        "key": f"{key}. English function words are left out{', and so is reasoning' if attribution.reasoning else ''}.",
     }
 
 

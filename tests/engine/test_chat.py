@@ -254,8 +254,10 @@ def test_a_word_of_the_template_does_not_stand_for_a_turn_that_it_leaves_out() -
     )
     model = fastattr.wrap(held.hf_model, held.processor)
     chat = [turn("system", "user"), turn("user", IMAGE, "What is red?")]
-    with pytest.raises(fastattr.TokenLayoutError, match="the chat template leaves it out"):
-        fastattr.attribute(model, picture(), chat, ANSWER)
+    why = fastattr.attribute(model, picture(), chat, ANSWER, scales=(1.0,), evidence=False)
+    plain = fastattr.attribute(model, picture(), chat[1:], ANSWER, scales=(1.0,), evidence=False)
+    assert why.context_tokens == plain.context_tokens and torch.equal(why.image[0], plain.image[0])
+    assert "the chat template leaves out what the system said, 'user', so it is no context" in why.notes
 
 
 @pytest.mark.parametrize("tools", ["abc", {"a": 1}, 5])
@@ -270,12 +272,12 @@ def test_a_placeholder_in_an_earlier_turn_is_refused(qwen: fastattr.Model) -> No
         fastattr.attribute(qwen, picture(), chat, ANSWER)
 
 
-def test_a_template_that_leaves_words_out_is_refused(qwen: fastattr.Model) -> None:
+def test_a_template_that_leaves_out_what_the_user_said_is_refused(qwen: fastattr.Model) -> None:
     held = TINY["qwen2_vl"]()
     held.processor.tokenizer.chat_template = held.processor.tokenizer.chat_template.replace(
-        "{% for message in messages %}", "{% for message in messages %}{% if message['role'] != 'system' %}", 1
+        "{% for message in messages %}", "{% for message in messages %}{% if loop.index0 != 1 %}", 1
     ).replace("{% endfor %}{% if add_generation_prompt", "{% endif %}{% endfor %}{% if add_generation_prompt", 1)
     model = fastattr.wrap(held.hf_model, held.processor)
-    chat = [turn("system", "Be brief."), turn("user", IMAGE, "What is red?")]
+    chat = [turn("user", IMAGE, "What is red?"), turn("user", "Be brief."), turn("user", "What is blue?")]
     with pytest.raises(fastattr.TokenLayoutError, match=r"'Be brief\.' is not in the text the model reads"):
         fastattr.attribute(model, picture(), chat, ANSWER)

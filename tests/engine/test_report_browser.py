@@ -661,3 +661,56 @@ def test_a_notebook_cell_is_the_same_page(browser: Browser) -> None:
     assert frame.locator("#response").text_content() == HOSTILE
     page.close()
     assert complaints == []
+
+
+def thinking() -> Attribution:
+    """A response of which the first line is reasoning, as a model writes it."""
+    why = synthetic("<think>maybe a green square</think>\nA red circle.")
+    stop = why.response.index("</think>") + len("</think>")
+    return replace(why, reasoning=((0, stop),))
+
+
+def test_reasoning_is_folded_and_can_be_opened(open_report: Open) -> None:
+    why = thinking()
+    page = open_report(why)
+    fold = page.locator("#response details")
+    n_folded = sum(1 for _, stop in why.spans if stop <= why.reasoning[0][1])
+    assert fold.locator("summary").inner_text() == f"Reasoning · {n_folded} tokens"
+    assert not page.locator(token(0)).is_visible() and page.locator(token(n_folded)).is_visible()
+    assert page.title().startswith("A red circle.")
+    assert page.locator("#response").inner_text().split("tokens")[1].strip() == "A red circle."
+    fold.locator("summary").click()
+    assert page.locator(token(0)).is_visible()
+    page.hover(token(2))
+    assert marked(page, "active") == [2]
+    fold.locator("summary").click()
+    assert not page.locator(token(0)).is_visible()
+    assert page.evaluate("document.querySelector('#response').textContent").replace(
+        f"Reasoning · {n_folded} tokens", ""
+    ) == (why.response)
+
+
+def test_the_keyboard_passes_by_what_is_folded(open_report: Open) -> None:
+    why = thinking()
+    n_folded = sum(1 for _, stop in why.spans if stop <= why.reasoning[0][1])
+    page = open_report(why)
+    page.keyboard.press("ArrowRight")
+    assert marked(page, "active") == [n_folded]
+    page.keyboard.press("ArrowLeft")
+    assert marked(page, "active") == [n_folded]
+    page.keyboard.press("Home")
+    assert marked(page, "active") == [n_folded]
+    page.locator("#response summary").focus()
+    page.keyboard.press("Enter")
+    page.locator(token(n_folded)).click()
+    page.keyboard.press("ArrowLeft")
+    assert marked(page, "active") == [n_folded - 1]
+    page.keyboard.press("Home")
+    assert marked(page, "active") == [0]
+
+
+def test_a_response_without_reasoning_has_no_fold(open_report: Open) -> None:
+    page = open_report(synthetic("A red circle."))
+    assert page.locator("#response details").count() == 0
+    page.keyboard.press("ArrowRight")
+    assert marked(page, "active") == [0]

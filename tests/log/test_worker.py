@@ -164,6 +164,37 @@ def test_conversations_and_clips_reach_the_worker_whole(
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1 / 255)
 
 
+def test_options_of_the_template_and_prompt_ids_reach_whoever_explains(
+    model: fastattr.Model, picture: Image.Image, opened: Callable[..., AttributionLogger], tmp_path: Path
+) -> None:
+    """Through the inbox and on the logger's own thread: the prompt is that of the engine, or there is no record."""
+    ids = answer(model, picture)
+    template = model.processor.tokenizer.chat_template.replace("<assistant>{% endif %}", "<assistant>red {% endif %}")
+    assert template != model.processor.tokenizer.chat_template
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": PROMPT}]}
+    chat = fastattr.Chat([turn], template_options={"chat_template": template})
+    plain = model.processor.tokenizer(
+        template.split("{%")[0] + f"<user><image>{PROMPT}<assistant>", add_special_tokens=False
+    )
+    other = model.processor.tokenizer(
+        template.split("{%")[0] + f"<user><image>{PROMPT}<assistant>red ", add_special_tokens=False
+    )
+    expected = fastattr.attribute(model, picture, chat, ids, scales=(1.0,))
+    for name, own in (("worker", None), ("thread", model)):
+        logger = opened(name, content="text", attribution=AttributionConfig(scales=(1.0,)), model=own)
+        assert logger.submit_replay(chat, [picture], ids, request_id="right", prompt_ids=other["input_ids"])
+        assert logger.submit_replay(chat, [picture], ids, request_id="wrong", prompt_ids=plain["input_ids"])
+        assert logger.submit_replay(PROMPT, [picture], ids, request_id="plain", prompt_ids=plain["input_ids"])
+        assert logger.flush()
+        stats = explain_all(tmp_path / name, model) if own is None else logger.stats()
+        assert stats.failed == {"TokenLayoutError": 1}
+        logger.shutdown()
+        found = records(tmp_path / name)
+        assert set(found) == {"right", "plain"}
+        assert_same(found["right"].attribution, expected, atol=0.5 / 255 + 1e-4)
+        assert not torch.allclose(found["plain"].attribution.log_prob, expected.log_prob, atol=1e-3)
+
+
 def test_a_worker_makes_the_record_the_thread_would_have_made(
     model: fastattr.Model, picture: Image.Image, tmp_path: Path
 ) -> None:
