@@ -268,7 +268,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
         sizes = [f"{frame.width} x {frame.height}" for picture in pictures for frame in picture.visual.frames]
         raise ImageError(
-            f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}"
+            f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}{_least(model)}"
         ) from error
     inputs = {name: value for name, value in produced.items() if isinstance(value, Tensor) and name != "labels"}
     if "input_ids" not in inputs:
@@ -294,6 +294,17 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
             if here:
                 inputs[kind][ids == token_id] = mark
     return _Processed(inputs, looks)
+
+
+def _least(model: Model) -> str:
+    """What pictures have to measure at least, for an error; nothing where the family does not say it."""
+    cell = model.family.cell(model.config)
+    if cell <= 1:
+        return ""
+    return (
+        f"; an image token of {model.family.name} covers {cell} x {cell} pixels: once a picture is resized to what the model "
+        "takes, neither side may be much shorter than that"
+    )
 
 
 def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:

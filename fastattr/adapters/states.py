@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -12,7 +13,7 @@ from fastattr.adapters.encode import EncodedExample, alike, along, collate, enco
 from fastattr.adapters.hooks import decoder_of, interpolated_positions, layer_modules, record_output, through_norm
 from fastattr.adapters.model import Model
 from fastattr.chat import Prompt
-from fastattr.errors import InputError, StatesError
+from fastattr.errors import FastattrError, InputError, StatesError
 from fastattr.images import Visual
 from fastattr.maps import log_probs_of_all
 from fastattr.types import ScaleStates
@@ -24,14 +25,15 @@ def generate(model: Model, encoded: EncodedExample, *, max_new_tokens: int) -> T
 
     Raises:
         InputError: the model ends at once, so there is nothing to explain.
+        StatesError: the model fails.
     """
     inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     # padding rows of the output embeddings and the placeholder of images are no text
     never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
-    sequence = model.hf_model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=never)[
-        0
-    ]
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "suppress_tokens": never}
+    with _named_failures(model, inputs):
+        sequence = model.hf_model.generate(**inputs, **options)[0]
     response = sequence[len(encoded.input_ids) :]
     ends = model.hf_model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
@@ -162,17 +164,28 @@ def forward(
         record_output(decoder_of(hf_model)) as last,
         record_output(module) as chosen,
         interpolated_positions(hf_model, interpolate),
+        _named_failures(model, {"input_ids": fed_ids, **inputs}),
     ):
-        try:
-            hf_model(input_ids=fed_ids, **inputs, use_cache=False, logits_to_keep=1)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-            raise StatesError(
-                f"{type(hf_model).__name__} ({model.family.name}) fails on {fed_ids.shape[1]} tokens with {shapes}: {error}; "
-                "some models cannot read images this small or this large, and a registered family may count other tokens "
-                "than the model has"
-            ) from error
+        hf_model(input_ids=fed_ids, **inputs, use_cache=False, logits_to_keep=1)
     final = last[-1]
     return final, final if norm is None else through_norm(norm, chosen[-1])
+
+
+@contextmanager
+def _named_failures(model: Model, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Say what the model was given where its forward fails.
+
+    Raises:
+        StatesError: it fails, but not for want of memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, FastattrError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if name != "input_ids")
+        raise StatesError(
+            f"{type(model.hf_model).__name__} ({model.family.name}) fails on {inputs['input_ids'].shape[1]} tokens with "
+            f"{shapes}: {error}; some models cannot read images this small or this large, and a registered family may count "
+            "other tokens than the model has"
+        ) from error

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from fastattr.adapters.families.family import Family, Looks, Shown, Size, merged_patch, whole
+from fastattr.errors import ImageError
 
 
 def look(shown: Shown) -> list[Looks]:
@@ -18,4 +21,22 @@ def longest_edge(processor: Any, size: Size, scale: float) -> dict[str, Any]:
 
 PIXTRAL = Family("LLaVA with Pixtral, Mistral3", look, merged_patch, longest_edge, joint=True)
 
-FAMILIES = {"mistral3": PIXTRAL}
+
+def look_merged(shown: Shown) -> list[Looks]:
+    """As `look`, of models that take one token alone for no picture (they squeeze its axis away).
+
+    Raises:
+        ImageError: the pictures of a prompt are one token together.
+    """
+    pictures = look(shown)
+    if sum(math.prod(each.grid) for looks in pictures for each in looks) == 1:
+        cell = merged_patch(shown.config)
+        (height, width) = shown.inputs["image_sizes"].tolist()[0] if shown.sizes is None else shown.sizes[0]
+        raise ImageError(
+            f"a picture of {width} x {height} pixels becomes a single image token, of {cell} x {cell} pixels, which "
+            f"{shown.config.model_type} cannot read alone; expected more than {cell} pixels in width or height"
+        )
+    return pictures
+
+
+FAMILIES = {"mistral3": replace(PIXTRAL, look=look_merged)}
