@@ -42,7 +42,7 @@ def test_one_token_alone_is_more_than_mistral_reads() -> None:
     model = fastattr.load("shapes")
     with pytest.raises(
         ImageError,
-        match="16 x 16 pixels becomes a single image token, of 16 x 16 pixels, .* expected more than 16 pixels",
+        match=r"16 x 16 pixels becomes a single image token, of 16 x 16 pixels, .* expected more than 16 pixels",
     ):
         fastattr.attribute(model, picture(16, 16), "Describe the image.", "a circle")
     why = fastattr.attribute(
@@ -52,7 +52,7 @@ def test_one_token_alone_is_more_than_mistral_reads() -> None:
 
 
 def test_a_picture_that_the_processor_refuses_is_named_with_its_size_and_what_is_wanted() -> None:
-    with pytest.raises(ImageError, match="refuses images of 200 x 1 pixels: .* covers 16 x 16 pixels: once a picture"):
+    with pytest.raises(ImageError, match=r"refuses images of 200 x 1 pixels: .* covers 16 x 16 pixels: once a picture"):
         fastattr.attribute(fastattr.load("shapes"), picture(1, 200), "Describe the image.")
 
 
