@@ -94,7 +94,30 @@ def encode_scales(
     processed = [
         base if scale == 1.0 else _process_scaled(model, text, pictures, base.looks, scale) for scale in scales
     ]
-    return [_example(model, pictures, chat, each, scale) for each, scale in zip(processed, scales, strict=True)]
+    examples = [_example(model, pictures, chat, each, scale) for each, scale in zip(processed, scales, strict=True)]
+    for other in examples[1:]:
+        _check_alignment(model, examples[0], other)
+    return examples
+
+
+def _check_alignment(model: Model, one: EncodedExample, other: EncodedExample) -> None:
+    """That pictures show the same part at two scales, but for less than a cell.
+
+    Raises:
+        ScaleError: they do not.
+    """
+    for first, second in zip(one.groups, other.groups, strict=True):
+        _, rows, columns = (min(sides) for sides in zip(first.grid, second.grid, strict=True))
+        (left, top, right, bottom), moved = (
+            first.extent,
+            [abs(a - b) for a, b in zip(first.extent, second.extent, strict=True)],
+        )
+        if max(moved[0::2]) > (right - left) / columns or max(moved[1::2]) > (bottom - top) / rows:
+            raise ScaleError(
+                f"{type(model.processor).__name__} shows the part {first.extent} of a picture at scale {one.scale:g} and "
+                f"{second.extent} at scale {other.scale:g} (left, top, right, bottom, as shares), so that their maps cannot be "
+                "laid upon each other; let it resize pictures (do_resize=True), or use scales=(1.0,)"
+            )
 
 
 @dataclass(frozen=True)

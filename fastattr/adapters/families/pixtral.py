@@ -6,13 +6,18 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from fastattr.adapters.families.family import Family, Looks, Shown, Size, merged_patch, whole
+from fastattr.adapters.families.family import Family, Look, Looks, Shown, Size, merged_patch
 from fastattr.errors import ImageError
 
 
 def look(shown: Shown) -> list[Looks]:
+    """One look each; of a picture that is not resized, what does not fill a cell at the right and below is not shown."""
     cell = merged_patch(shown.config)
-    return whole([(1, height // cell, width // cell) for height, width in shown.inputs["image_sizes"].tolist()])
+    pictures: list[Looks] = []
+    for height, width in shown.inputs["image_sizes"].tolist():
+        rows, columns = height // cell, width // cell
+        pictures.append((Look((1, rows, columns), (0.0, 0.0, columns * cell / width, rows * cell / height)),))
+    return pictures
 
 
 def longest_edge(processor: Any, size: Size, scale: float) -> dict[str, Any]:
