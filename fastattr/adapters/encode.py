@@ -101,7 +101,30 @@ def encode_scales(
     processed = [
         base if scale == 1.0 else _process_scaled(model, text, pictures, base.looks, scale) for scale in scales
     ]
-    return [_example(model, pictures, chat, each, scale) for each, scale in zip(processed, scales, strict=True)]
+    examples = [_example(model, pictures, chat, each, scale) for each, scale in zip(processed, scales, strict=True)]
+    for other in examples[1:]:
+        _check_alignment(model, examples[0], other)
+    return examples
+
+
+def _check_alignment(model: Model, one: EncodedExample, other: EncodedExample) -> None:
+    """That pictures show the same part at two scales, but for less than a cell.
+
+    Raises:
+        ScaleError: they do not.
+    """
+    for first, second in zip(one.groups, other.groups, strict=True):
+        _, rows, columns = (min(sides) for sides in zip(first.grid, second.grid, strict=True))
+        (left, top, right, bottom), moved = (
+            first.extent,
+            [abs(a - b) for a, b in zip(first.extent, second.extent, strict=True)],
+        )
+        if max(moved[0::2]) > (right - left) / columns or max(moved[1::2]) > (bottom - top) / rows:
+            raise ScaleError(
+                f"{type(model.processor).__name__} shows the part {first.extent} of a picture at scale {one.scale:g} and "
+                f"{second.extent} at scale {other.scale:g} (left, top, right, bottom, as shares), so that their maps cannot be "
+                "laid upon each other; let it resize pictures (do_resize=True), or use scales=(1.0,)"
+            )
 
 
 @dataclass(frozen=True)
@@ -332,7 +355,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
         sizes = [f"{frame.width} x {frame.height}" for picture in pictures for frame in picture.visual.frames]
         raise ImageError(
-            f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}"
+            f"{type(model.processor).__name__} refuses images of {', '.join(sizes)} pixels: {error}{_least(model)}"
         ) from error
     inputs = {name: value for name, value in produced.items() if isinstance(value, Tensor) and name != "labels"}
     if "input_ids" not in inputs:
@@ -373,6 +396,17 @@ def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:
             known = {"total_num_frames": timing.total, "fps": timing.fps, "frames_indices": list(timing.indices)}
             told.append(known)
     return {"video_metadata": told}
+
+
+def _least(model: Model) -> str:
+    """What pictures have to measure at least, for an error; nothing where the family does not say it."""
+    cell = model.family.cell(model.config)
+    if cell <= 1:
+        return ""
+    return (
+        f"; an image token of {model.family.name} covers {cell} x {cell} pixels: once a picture is resized to what the model "
+        "takes, neither side may be much shorter than that"
+    )
 
 
 def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:

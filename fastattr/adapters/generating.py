@@ -18,6 +18,7 @@ from fastattr.adapters.encode import EncodedExample, check_response
 from fastattr.adapters.ending import EndTokens, end_tokens, setting
 from fastattr.adapters.hooks import OwnPositions, uncaptured, undisturbed
 from fastattr.adapters.model import Model
+from fastattr.adapters.states import named_failures
 from fastattr.errors import FastattrError, InputError
 
 _INPUTS = "it is made from the image and the prompt"
@@ -223,12 +224,14 @@ def _answer(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any])
 
 
 def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -> list[int]:
-    try:
-        out = model.hf_model.generate(**arguments)
-    except FastattrError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{model.name} cannot generate an answer: {error}") from error
+    inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    with named_failures(model, inputs):
+        try:
+            out = model.hf_model.generate(**arguments)
+        except FastattrError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{model.name} cannot generate an answer: {error}") from error
     if any(isinstance(each, _Witness) and not each.was_called for each in arguments.get("logits_processor") or ()):
         raise InputError(
             f"generate of {type(model.hf_model).__name__} does not use logits_processor; leave it out of generate_options"

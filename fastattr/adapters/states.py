@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
@@ -19,7 +20,7 @@ from fastattr.adapters.hooks import (
 )
 from fastattr.adapters.model import Model
 from fastattr.chat import Prompt
-from fastattr.errors import InputError, StatesError
+from fastattr.errors import FastattrError, InputError, StatesError
 from fastattr.images import Visual
 from fastattr.maps import log_probs_of_all
 from fastattr.types import ScaleStates
@@ -145,17 +146,28 @@ def forward(
         record_output(decoder_of(hf_model)) as last,
         record_output(module) as chosen,
         interpolated_positions(hf_model, interpolate),
+        named_failures(model, {"input_ids": fed_ids, **inputs}),
     ):
-        try:
-            hf_model(input_ids=fed_ids, **inputs, use_cache=False, logits_to_keep=1)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-            raise StatesError(
-                f"{type(hf_model).__name__} ({model.family.name}) fails on {fed_ids.shape[1]} tokens with {shapes}: {error}; "
-                "some models cannot read images this small or this large, and a registered family may count other tokens "
-                "than the model has"
-            ) from error
+        hf_model(input_ids=fed_ids, **inputs, use_cache=False, logits_to_keep=1)
     final = last[-1]
     return final, final if norm is None else through_norm(norm, chosen[-1])
+
+
+@contextmanager
+def named_failures(model: Model, inputs: Mapping[str, Tensor]) -> Iterator[None]:
+    """Say what the model was given where its forward fails.
+
+    Raises:
+        StatesError: it fails, but not for want of memory.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, FastattrError):
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items() if name != "input_ids")
+        raise StatesError(
+            f"{type(model.hf_model).__name__} ({model.family.name}) fails on {inputs['input_ids'].shape[1]} tokens with "
+            f"{shapes}: {error}; some models cannot read images this small or this large, and a registered family may count "
+            "other tokens than the model has"
+        ) from error

@@ -230,8 +230,9 @@ def qwen_config(kind: str, tokenizer: PreTrainedTokenizerFast, **options: Any) -
             "hidden_size": DIM,
             "out_hidden_size": DIM,
             "intermediate_size": 48,
-            "window_size": 32,
-            "fullatt_block_indexes": [0],
+            "depth": 2,
+            "window_size": 32,  # pixels; the first layer attends within windows, the second everywhere
+            "fullatt_block_indexes": [1],
         }
         config_class = transformers.Qwen2_5_VLConfig
     text = _llama(384, **{"tie_word_embeddings": False, **options})
@@ -505,7 +506,14 @@ def gemma3(softcap: float | None = 5.0) -> Tiny:
         image_token="<image_soft_token>",
     )
     side = 8 * PATCH
-    text = _llama(256, head_dim=8, query_pre_attn_scalar=8, sliding_window=64, final_logit_softcapping=softcap)
+    text = _llama(
+        256,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=24,  # prompts outgrow it
+        final_logit_softcapping=softcap,
+    )
     text.pop("model_type")
     config = transformers.Gemma3Config(
         vision_config=_tower(model_type="siglip_vision_model", image_size=side, patch_size=PATCH),

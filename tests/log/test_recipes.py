@@ -121,6 +121,15 @@ def png(seed: int) -> bytes:
     return data.getvalue()
 
 
+SIZES_REFUSED = [(1, 1), (8, 8), (16, 16), (200, 1), (1, 200), (4000, 10), (40, 4000)]  # width x height
+
+
+def blank_png(width: int, height: int) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (width, height), "grey").save(data, format="PNG")
+    return data.getvalue()
+
+
 def pixels_sha256(picture: Image.Image) -> str:
     return hashlib.sha256(b"%d %d " % picture.size + picture.convert("RGB").tobytes()).hexdigest()
 
@@ -145,6 +154,9 @@ def test_fastapi_server(scripts: dict[str, Script]) -> None:
     assert post(port, b"no picture")[0] == 415
     assert post(port, png(0)[:200])[0] == 415
     assert post(port, b"x" * (20 * 2**20 + 1))[0] == 413
+    for width, height in SIZES_REFUSED:
+        status, body = post(port, blank_png(width, height))
+        assert status == 422 and body["detail"].startswith(f"the picture has {width} x {height} pixels, expected")
     hostile = "../../etc/<b>'; DROP TABLE x"
     status, body = post(port, png(0), **{"X-Request-Id": hostile})
     assert (status, body["request_id"]) == (200, hostile)
@@ -180,6 +192,7 @@ def test_gunicorn_workers_log_into_rooms_of_their_own(scripts: dict[str, Script]
     script = scripts["gunicorn"]
     port = int(script.find(r"Listening at: http://127\.0\.0\.1:(\d+)"))
     assert post(port, b"no picture")[0] == 415
+    assert [post(port, blank_png(*size))[0] for size in SIZES_REFUSED] == [422] * len(SIZES_REFUSED)
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda seed: post(port, png(seed), **{"X-Request-Id": f"scene-{seed}"}), range(12)))
     assert [status for status, _ in answers] == [200] * 12

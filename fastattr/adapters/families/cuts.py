@@ -10,7 +10,10 @@ from fastattr.errors import TokenLayoutError
 
 
 def image_option(shown: Shown, family: str, name: str, usual: Any = None) -> Any:
-    """What a processor's option for images is set to: by the processor itself, else by its image half.
+    """What a processor's option for images is set to, in the order in which transformers looks for it.
+
+    What was given to `AutoProcessor.from_pretrained` is kept with the tokenizer and comes first, then what the processor
+    sets, then its image half.
 
     Args:
         family: for errors.
@@ -20,7 +23,11 @@ def image_option(shown: Shown, family: str, name: str, usual: Any = None) -> Any
         TokenLayoutError: the processor does not show its options, and nothing can be read from the model's inputs alone.
     """
     own = getattr(shown.processor, "images_kwargs", None) or {}
-    for value in (own.get(name), getattr(image_half(shown.processor), name, None), usual):
+    merges = hasattr(
+        shown.processor, "_merge_kwargs"
+    )  # processors of transformers; others call their halves as they are
+    given = getattr(shown.processor.tokenizer, "init_kwargs", {}) if merges else {}
+    for value in (given.get(name), own.get(name), getattr(image_half(shown.processor), name, None), usual):
         if value is not None:
             return value
     raise TokenLayoutError(

@@ -12,18 +12,25 @@ from fastattr.types import WHOLE_IMAGE, Box
 
 def look(shown: Shown) -> list[Looks]:
     pixels = shown.inputs["pixel_values_images" if "pixel_values_images" in shown.inputs else "pixel_values"]
-    height, width = pixels.shape[-2:]
+    height, width = (int(length) for length in pixels.shape[-2:])
     cell = patch(shown.config)
     n = math.prod(pixels.shape[:-3])
     sizes = shown.sizes_for("LLaVA", "pads pictures by their size") if pads(shown.processor) else shown.sizes
-    boxes = [extent_of(shown.processor, size) for size in sizes] if sizes is not None else [WHOLE_IMAGE] * n
+    boxes = (
+        [extent_of(shown.processor, size, (height, width)) for size in sizes]
+        if sizes is not None
+        else [WHOLE_IMAGE] * n
+    )
     if len(boxes) != n:  # said by whoever counts them
         boxes = [WHOLE_IMAGE] * n
     return [(Look((1, height // cell, width // cell), box),) for box in boxes]
 
 
-def extent_of(processor: Any, size: Size) -> Box:
-    """The part of a picture of `size` that is shown, beyond 0 and 1 where it is padded to a square."""
+def extent_of(processor: Any, size: Size, pixels: Size) -> Box:
+    """The part of a picture of `size` that is shown in so many `pixels`, beyond 0 and 1 where it is padded to a square."""
+    images = image_half(processor)
+    if images is not None and not getattr(images, "do_resize", True) and getattr(images, "do_center_crop", False):
+        return centre_of_pixels(size, pixels, padded=pads(processor))
     if pads(processor):
         return padded_to_square(size)
     return centre_square(size) if keeps_centre(processor) else WHOLE_IMAGE
@@ -47,6 +54,17 @@ def centre_square(size: Size) -> Box:
         (1 + shorter / width) / 2,
         (1 + shorter / height) / 2,
     )
+
+
+def centre_of_pixels(size: Size, crop: Size, *, padded: bool) -> Box:
+    """The middle `crop` pixels of a picture that is not resized, or of the square it is padded to, as its shares."""
+    edges = []
+    for length, cut in zip(size, crop, strict=True):
+        room = max(size) if padded else length
+        start = (room - cut) // 2 - (room - length) // 2
+        edges.append((start / length, (start + cut) / length))
+    (top, bottom), (left, right) = edges
+    return left, top, right, bottom
 
 
 def pads(processor: Any) -> bool:

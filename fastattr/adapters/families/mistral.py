@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastattr.adapters.families.family import Family, merged_patch
-from fastattr.adapters.families.pixtral import longest_edge, look
+from fastattr.adapters.families.pixtral import longest_edge, look, look_merged
 
 MISTRAL = Family("LightOnOCR, Mistral Large 4", look, merged_patch, longest_edge, joint=True, keeps_aspect=True)
 
-FAMILIES = {"lighton_ocr": MISTRAL, "mistral_large4": MISTRAL}
+FAMILIES = {"lighton_ocr": MISTRAL, "mistral_large4": replace(MISTRAL, look=look_merged)}

@@ -13,8 +13,8 @@ from fastattr.types import Grid
 
 
 def cell(config: Config) -> int:
-    """Never asked for: the number of tokens is fixed."""
-    raise NotImplementedError
+    """Said nowhere; the number of tokens is fixed."""
+    return 1
 
 
 def square_grid(shown: Shown, family: str, n_squares: int, placeholder: int | None = None) -> Grid:
@@ -60,7 +60,8 @@ def look_fast(shown: Shown) -> list[Looks]:
     sizes = shown.sizes_for(FAST_VLM.name, "crops or pads pictures by their size")
     if len(sizes) != n_images:  # said by whoever counts them
         return whole([grid] * n_images)
-    return [(Look(grid, extent_of(shown.processor, size)),) for size in sizes]
+    height, width = (int(length) for length in shown.inputs["pixel_values"].shape[-2:])
+    return [(Look(grid, extent_of(shown.processor, size, (height, width))),) for size in sizes]
 
 
 PERCEPTION_LM = Family("PerceptionLM", look_perception, cell, None, watch_perception, resized=False, tiles=True)

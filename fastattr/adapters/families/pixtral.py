@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
-from fastattr.adapters.families.family import Family, Looks, Shown, Size, merged_patch, whole
+from fastattr.adapters.families.family import Family, Look, Looks, Shown, Size, merged_patch
+from fastattr.errors import ImageError
 
 
 def look(shown: Shown) -> list[Looks]:
+    """One look each; of a picture that is not resized, what does not fill a cell at the right and below is not shown."""
     cell = merged_patch(shown.config)
-    return whole([(1, height // cell, width // cell) for height, width in shown.inputs["image_sizes"].tolist()])
+    pictures: list[Looks] = []
+    for height, width in shown.inputs["image_sizes"].tolist():
+        rows, columns = height // cell, width // cell
+        pictures.append((Look((1, rows, columns), (0.0, 0.0, columns * cell / width, rows * cell / height)),))
+    return pictures
 
 
 def longest_edge(processor: Any, size: Size, scale: float) -> dict[str, Any]:
@@ -18,4 +26,22 @@ def longest_edge(processor: Any, size: Size, scale: float) -> dict[str, Any]:
 
 PIXTRAL = Family("LLaVA with Pixtral, Mistral3", look, merged_patch, longest_edge, joint=True, keeps_aspect=True)
 
-FAMILIES = {"mistral3": PIXTRAL}
+
+def look_merged(shown: Shown) -> list[Looks]:
+    """As `look`, of models that take one token alone for no picture (they squeeze its axis away).
+
+    Raises:
+        ImageError: the pictures of a prompt are one token together.
+    """
+    pictures = look(shown)
+    if sum(math.prod(each.grid) for looks in pictures for each in looks) == 1:
+        cell = merged_patch(shown.config)
+        (height, width) = shown.inputs["image_sizes"].tolist()[0] if shown.sizes is None else shown.sizes[0]
+        raise ImageError(
+            f"a picture of {width} x {height} pixels becomes a single image token, of {cell} x {cell} pixels, which "
+            f"{shown.config.model_type} cannot read alone; expected more than {cell} pixels in width or height"
+        )
+    return pictures
+
+
+FAMILIES = {"mistral3": replace(PIXTRAL, look=look_merged)}

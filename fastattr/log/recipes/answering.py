@@ -12,10 +12,21 @@ from fastattr.log import AttributionLogger
 
 PROMPT = "Describe the image."
 GREEDY = {"max_new_tokens": 64, "do_sample": False}
+MIN_SIDE, MAX_RATIO = 32, 64  # pixels; the longer side over the shorter one
 
 
 def inputs_of(model: fastattr.Model, picture: Image.Image, prompt: str = PROMPT) -> Any:
-    """What `generate` takes: the chat template around the prompt, tokenised, beside the picture's pixels."""
+    """What `generate` takes: the chat template around the prompt, tokenised, beside the picture's pixels.
+
+    Raises:
+        ValueError: the picture is too small or too long for most models, or the processor refuses it or the prompt.
+    """
+    width, height = picture.size
+    if min(width, height) < MIN_SIDE or max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(
+            f"the picture has {width} x {height} pixels, expected sides of at least {MIN_SIDE}, the longer one at most "
+            f"{MAX_RATIO} times the shorter one"
+        )
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = model.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return model.processor(text=[text], images=[picture], return_tensors="pt")

@@ -51,7 +51,10 @@ def answer(request: Request, body: Annotated[bytes, Depends(read_body)], prompt:
     except ImageError as error:
         raise HTTPException(415, "the body is no picture that can be read") from error
     request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-    inputs = inputs_of(state.model, picture, prompt)
+    try:
+        inputs = inputs_of(state.model, picture, prompt)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
     with state.one_at_a_time, fastattr.capture(state.model, buffer=state.logger.buffer) as states:
         out = state.model.hf_model.generate(**inputs, **GREEDY)
     cut_off = out.shape[1] - inputs["input_ids"].shape[1] >= GREEDY["max_new_tokens"]

@@ -46,7 +46,10 @@ class Server:
         except (OSError, ValueError, Image.DecompressionBombError):
             return "415 Unsupported Media Type", {"error": "the body is no picture that can be read"}
         request_id = environ.get("HTTP_X_REQUEST_ID") or uuid.uuid4().hex
-        inputs = inputs_of(self.model, picture)
+        try:
+            inputs = inputs_of(self.model, picture)
+        except ValueError as error:
+            return "422 Unprocessable Content", {"error": str(error)}
         with fastattr.capture(self.model, buffer=self.logger.buffer) as states:
             out = self.model.hf_model.generate(**inputs, **GREEDY)
         self.logger.submit(states, out, request_id=request_id, images=[picture], prompt=PROMPT)

@@ -64,7 +64,9 @@ def paligemma(kind: str = "gemma", **options: object) -> Tiny:
 
 def paligemma2() -> Tiny:
     """With a window, which the prompt outgrows, and a soft-cap."""
-    return paligemma("gemma2", sliding_window=12, final_logit_softcapping=5.0, query_pre_attn_scalar=8)
+    return paligemma(
+        "gemma2", sliding_window=12, final_logit_softcapping=5.0, attn_logit_softcapping=5.0, query_pre_attn_scalar=8
+    )
 
 
 class Squares(nn.Module):
@@ -106,15 +108,15 @@ def gemma3n() -> Tiny:
     text = tiny._llama(
         256,
         head_dim=8,
-        num_hidden_layers=2,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=64,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=24,
         vocab_size_per_layer_input=256,
         hidden_size_per_layer_input=4,
-        altup_num_inputs=2,
+        altup_num_inputs=4,
         laurel_rank=4,
-        activation_sparsity_pattern=[0.0, 0.0],
+        activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
         final_logit_softcapping=5.0,
     )
     text.pop("model_type")

@@ -150,6 +150,14 @@ def llava_onevision_shrunk() -> Tiny:
     return llava_onevision(most_tiles=2)
 
 
+MULTIPLIERS = {  # of every published Granite
+    "embedding_multiplier": 2.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+}
+
+
 def granite4_vision() -> Tiny:
     """With the real processor; two by two patches become one token, at layers 0 to 4 of the decoder."""
     held = tokenizer()
@@ -157,7 +165,7 @@ def granite4_vision() -> Tiny:
     resolutions = [[4 * edge, 2 * edge]]
     config = transformers.Granite4VisionConfig(
         vision_config={**clip(), "image_size": edge, "hidden_size": 64},
-        text_config={**tiny._llama(256, num_hidden_layers=5), "model_type": "granite4_vision_text"},
+        text_config={**tiny._llama(256, num_hidden_layers=5), "model_type": "granite4_vision_text", **MULTIPLIERS},
         qformer_config={
             "model_type": "blip_2_qformer",
             "num_hidden_layers": 1,

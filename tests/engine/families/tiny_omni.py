@@ -89,7 +89,7 @@ def qwen2_5_omni_thinker() -> Tiny:
         transformers.Qwen2_5OmniThinkerForConditionalGeneration,
         transformers.Qwen2_5OmniThinkerConfig,
         processor_of(Qwen2_5OmniProcessor),
-        {"window_size": 32, "fullatt_block_indexes": [0]},
+        {"window_size": 32, "fullatt_block_indexes": [1]},
     )
 
 
@@ -98,7 +98,7 @@ def qwen3_omni_moe_thinker() -> Tiny:
         transformers.Qwen3OmniMoeThinkerForConditionalGeneration,
         transformers.Qwen3OmniMoeThinkerConfig,
         processor_of(Qwen3OmniMoeProcessor),
-        {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
         head_dim=8,
         **EXPERTS,
     )

@@ -46,7 +46,16 @@ def siglip(**options: Any) -> dict[str, Any]:
 
 
 def cohere2_text() -> dict[str, Any]:
-    return tiny._llama(384, model_type="cohere2", head_dim=8, sliding_window=64, layer_norm_eps=1e-5)
+    return tiny._llama(
+        384,
+        model_type="cohere2",
+        head_dim=8,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=24,
+        logit_scale=0.25,
+        tie_word_embeddings=True,
+        layer_norm_eps=1e-5,
+    )
 
 
 # --- Aya Vision, Command A Vision -------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def exaone4_5() -> Tiny:
     ids = processor.tokenizer.convert_tokens_to_ids
     config = transformers.Exaone4_5_Config(
         vision_config={
-            "depth": 1,
+            "depth": 2,
             "hidden_size": DIM,
             "out_hidden_size": DIM,
             "intermediate_size": 48,
@@ -92,13 +92,13 @@ def exaone4_5() -> Tiny:
             "num_key_value_heads": 1,
             "patch_size": PATCH,
             "window_size": 32,
-            "fullatt_block_indexes": [0],
+            "fullatt_block_indexes": [1],
         },
         text_config={
             **text(),
             "model_type": "exaone4",
-            "sliding_window": None,
-            "layer_types": ["full_attention", "full_attention"],
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
         },
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
@@ -259,7 +259,7 @@ def kimi_k25(**limits: int) -> Tiny:
     chat = _chat("<|im_user|>", "<|media_begin|><|media_pad|><|media_end|>", "<|im_end|>", "<|im_assistant|>")
     tokenizer = byte_tokenizer(special, chat, eos_token="<|im_end|>", pad_token="<|im_end|>")
     ids = tokenizer.convert_tokens_to_ids
-    body = text(**LATENT, q_lora_rank=None, qk_rope_head_dim=8, first_k_dense_replace=1)
+    body = text(**LATENT, q_lora_rank=8, qk_rope_head_dim=8, first_k_dense_replace=1, n_shared_experts=1)
     config = transformers.Kimi_K25Config(
         vision_config=_tower(patch_size=PATCH, pos_emb_height=8, pos_emb_width=8),
         text_config={**body, "model_type": "deepseek_v3"},

@@ -89,7 +89,7 @@ def qwen2_5_vl() -> Tiny:
 def _qwen3(model_class: type, config_class: type, vision: dict[str, Any], **text: Any) -> Tiny:
     processor = qwen_processor(QWEN3_FILMS)
     ids = processor.tokenizer.convert_tokens_to_ids
-    body = _llama(384, head_dim=8, **text)
+    body = _llama(384, **{"head_dim": 8, **text})
     body.pop("model_type")
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     body["rope_parameters"] = {**rope, **body.pop("rope", {})}
@@ -121,17 +121,18 @@ HYBRID = {  # one layer of linear attention, one of full attention
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "rope": {"partial_rotary_factor": 1.0},
+    "head_dim": 16,
+    "rope": {"partial_rotary_factor": 0.5},
 }
 
 
 def qwen3_vl() -> Tiny:
-    deepstack = {"deepstack_visual_indexes": [0]}
+    deepstack = {"deepstack_visual_indexes": [0, 1]}
     return _qwen3(transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLConfig, deepstack)
 
 
 def qwen3_vl_moe() -> Tiny:
-    deepstack = {"deepstack_visual_indexes": [0]}
+    deepstack = {"deepstack_visual_indexes": [0, 1]}
     return _qwen3(transformers.Qwen3VLMoeForConditionalGeneration, transformers.Qwen3VLMoeConfig, deepstack, **EXPERTS)
 
 
@@ -184,13 +185,13 @@ def glm_processor(image_class: Callable[..., Any], style: FilmStyle) -> FilmProc
 
 def _glm(model_class: type, config_class: type, processor: FilmProcessor, **text: Any) -> Tiny:
     ids = processor.tokenizer.convert_tokens_to_ids
-    body = _llama(384, **{"pad_token_id": 0, **text})
+    body = _llama(384, **{"pad_token_id": 0, "head_dim": 16, "attention_bias": True, **text})
     body.pop("model_type")
     body["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": 10000.0,
         "mrope_section": [1, 1, 2],
-        "partial_rotary_factor": 1.0,
+        "partial_rotary_factor": 0.5,
     }
     config = config_class(
         vision_config={
@@ -224,7 +225,9 @@ def glm4v_moe() -> Tiny:
         transformers.Glm4vMoeForConditionalGeneration,
         transformers.Glm4vMoeConfig,
         glm_processor(Glm4vImageProcessorPil, GLM_FILMS),
-        head_dim=8,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+        use_qk_norm=True,
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=16,
