@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import threading
 import time
@@ -139,6 +141,32 @@ def test_conversations_and_clips_reach_the_worker_whole(
         assert [maps.shape for maps in one.image] == [maps.shape for maps in why.image]
         for mine, theirs in zip(one.image, why.image, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1 / 255)
+
+
+def test_what_is_known_of_pictures_reaches_the_worker(model: fastattr.Model, tmp_path: Path) -> None:
+    """Notes on what was left out, the size that a part asks for, and hashes, as in the thread."""
+    frames = [make_scene(k).image for k in range(3)]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    sized = {"type": "image", "resized_height": 64, "resized_width": 96}
+    parts = [sized, {"type": "image"}, {"type": "text", "text": PROMPT}]
+    ids = answer(model, frames[0])
+    for explain in ("thread", "worker"):
+        with AttributionLogger(tmp_path / explain, model=model, sample_rate=1.0, explain=explain) as logger:
+            data = "data:image/gif;base64," + base64.b64encode(stream.getvalue()).decode()
+            asked = [{"role": "user", "content": parts}]
+            assert logger.submit_replay(asked, [frames[0], data], ids, request_id="r")
+            assert logger.flush(PATIENCE_S)
+    explain_all(tmp_path / "worker", model)
+    (thread,), (worker,) = (list(records(tmp_path / each).values()) for each in ("thread", "worker"))
+    for record in (thread, worker):
+        assert any("only frame 1 of the 3 frames of a GIF is shown" in note for note in record.attribution.notes)
+        assert record.envelope.image_sha256 is not None
+        assert record.envelope.image_sha256[1] == hashlib.sha256(stream.getvalue()).hexdigest()
+    assert worker.attribution.grids == thread.attribution.grids
+    plain = fastattr.attribute(model, frames[0], PROMPT, ids, scales=(1.0,), evidence=False)
+    assert thread.attribution.grids[0][0] != plain.grids[0][0]
+    assert worker.attribution.notes == thread.attribution.notes
 
 
 def test_a_worker_makes_the_record_the_thread_would_have_made(
