@@ -202,6 +202,21 @@ def count_pixels(data: bytes, name: str) -> int:
         return opened.width * opened.height
 
 
+def encoded_bytes(image: ImageLike) -> bytes | None:
+    """The bytes of a file, of encoded bytes or of a data: URL, as they are; None of what is decoded already.
+
+    Raises:
+        ImageError: there is no such file, or it cannot be read.
+    """
+    if isinstance(image, Visual | list | tuple):
+        return None
+    source, name = _source(image)
+    if isinstance(source, Path):
+        with decoder_errors(name):
+            return source.read_bytes()
+    return source if isinstance(source, bytes) else None
+
+
 def _read_frames(frames: Sequence[ImageLike]) -> Visual:
     if not frames:
         raise ImageError("a video is an empty list, expected at least one frame")

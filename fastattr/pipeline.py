@@ -53,9 +53,12 @@ def attribute(
     Args:
         model: from `load` or `wrap`.
         image: a path, PIL image, array or encoded bytes; a list of them for several images; a list
-            that holds lists of frames for videos. URLs are not fetched. None where the messages hold them.
+            that holds lists of frames for videos. A path or bytes of a movie (mp4, webm, ...) are a video too, read with
+            PyAV. URLs are not fetched. None where the messages hold them. PIL images and arrays are shown to the model as
+            they lie; files and bytes are turned upright first, as their EXIF orientation says.
         prompt: the user's text, with all images before it. For several turns, images between words, a system prompt or
-            tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context.
+            tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context. See
+            `fastattr.parts` for what a part of a message may hold.
         response: text, or token ids that are never re-tokenised; the end tokens behind the last word are left out. None
             lets the model answer: by its own `generate` and `generation_config`, but greedily, at most `max_new_tokens`.
         config: an `AttributionConfig` or the name of one: `lens`, `tam`, `arc` (the default) or `best`, at other scales as
@@ -328,7 +331,8 @@ def attribute_captured(
     Args:
         states: from `capture`.
         out: the sequence `[1 seq]` or the output object of `generate`; its end tokens are not explained.
-        image: pictures for overlays and evidence.
+        image: pictures for overlays and evidence, as the processor was given them: a PIL image that was opened by
+            `PIL.Image.open` lies as in its file, while fastattr turns a path upright.
         prompt: the user's text, or the messages, to tell them from the chat template.
         config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open are the one that was
             captured. Its evidence does not count, since that takes a forward: ask with `evidence=True`.

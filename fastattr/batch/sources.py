@@ -479,7 +479,7 @@ def _image(value: Any, base: str) -> bytes | str:
 
 def _decode(text: Any) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
         raise InputError(f"the image is {_short(text)}, which is not base64: {error}") from error
 

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastattr.chat import Chat, Messages, Prompt
-from fastattr.errors import ImageError, InputError
-from fastattr.images import Visual, read_image
+from fastattr.errors import InputError
+from fastattr.images import Visual, encoded_bytes, read_image
 from fastattr.log.record import Content
 from fastattr.parts import plain_part, without_source
 from fastattr.types import Attribution
@@ -215,13 +214,9 @@ def digest(image: Any) -> str:
         image = image.frames if len(image.frames) > 1 else image.frames[0]
     if isinstance(image, list | tuple):
         return hashlib.sha256("".join(digest(frame) for frame in image).encode()).hexdigest()
-    if isinstance(image, bytes | bytearray | memoryview):
-        return hashlib.sha256(image).hexdigest()
-    if isinstance(image, str | Path):
-        try:
-            return hashlib.sha256(Path(image).read_bytes()).hexdigest()
-        except (OSError, ValueError) as error:
-            raise ImageError(f"image {str(image)[:80]!r} cannot be read: {error}") from error
+    data = encoded_bytes(image)
+    if data is not None:
+        return hashlib.sha256(data).hexdigest()
     picture = read_image(image)
     return hashlib.sha256(f"{picture.width} {picture.height} ".encode() + picture.tobytes()).hexdigest()
 

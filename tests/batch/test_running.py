@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import fastattr
 from fastattr import AttributionConfig
@@ -42,6 +45,42 @@ LENS = AttributionConfig(method="lens", scales=(1.0,), evidence=False)
 
 def batch(source: Path, out: Path, engine: Engine, **options: Any) -> Summary:
     return run(source, out, engine=engine, **{"attribution": LENS, "shard_rows": 4, **options})
+
+
+def test_movies_animations_and_sized_parts(tmp_path: Path, inline: Engine, model: Model) -> None:
+    """A movie is a video, an animated picture its first frame with a note; a size that the model cannot follow is a fault."""
+    frames = [Image.new("RGB", (64, 48), (40 * k, 90, 200)) for k in range(5)]
+    gif, clip = io.BytesIO(), tmp_path / "clip.mp4"
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
+    write_movie(clip, frames)
+    sized = {"type": "image", "base64": base64.b64encode(png(0)).decode(), "resized_height": 64, "resized_width": 96}
+    asked = [{"role": "user", "content": [sized, {"type": "text", "text": PROMPT}]}]
+    gif_part = {"type": "video", "video": "data:image/gif;base64," + base64.b64encode(gif.getvalue()).decode()}
+    rows: list[dict[str, Any]] = [
+        {"id": "movie", "image": "clip.mp4", "prompt": PROMPT},
+        {"id": "gif", "image": {"base64": base64.b64encode(gif.getvalue()).decode()}, "prompt": PROMPT},
+        {"id": "gif as video", "messages": [{"role": "user", "content": [gif_part, {"type": "text", "text": PROMPT}]}]},
+        {"id": "sized", "messages": asked},
+        {"id": "broken", "image": {"base64": base64.b64encode(clip.read_bytes()[:300]).decode()}, "prompt": PROMPT},
+    ]
+    source = write_jsonl(tmp_path / "in.jsonl", [{**each, "response": ANSWER} for each in rows])
+    summary = batch(source, tmp_path / "out", inline, max_error_rate=1.0)
+    assert (summary.written, summary.failed) == (3, 2)
+    found = {record.envelope.request_id: record.attribution for record in read(tmp_path / "out")}
+    assert [found[id].image[0].shape[1] for id in ("movie", "gif", "gif as video")] == [4, 1, 5]
+    assert any("4 of the 5 frames of a video are shown" in note for note in found["movie"].notes)
+    assert any("only frame 1 of the 5 frames of a GIF is shown" in note for note in found["gif"].notes)
+    told = {id: json.dumps(each) for id, each in failures(tmp_path / "out").items()}
+    assert "has a way of its own to size pictures" in told["sized"] and "cannot be decoded" in told["broken"]
+
+
+def write_movie(path: Path, frames: Sequence[Image.Image]) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height = frames[0].size
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
 
 
 def test_records_are_what_attribute_says(tmp_path: Path, inline: Engine, model: Model) -> None:

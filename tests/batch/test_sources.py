@@ -13,7 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastattr.batch.sources import Fault, Fields, Input, Row, find_inputs, read_image, read_rows, scan
+from fastattr.batch.sources import (
+    Fault,
+    Fields,
+    Input,
+    Row,
+    find_inputs,
+    litter_in_folders,
+    read_image,
+    read_rows,
+    scan,
+)
 from fastattr.chat import Chat
 from fastattr.errors import DatasetError, ImageError
 from tests.batch.scenes import png, write_jsonl, write_parquet, write_tar
@@ -125,6 +135,75 @@ def test_a_conversation_stays_one(tmp_path: Path) -> None:
     assert "example.org" not in repr(found.prompt)
     (short,) = read(write_jsonl(tmp_path / "b.jsonl", [{**rows[0], "images": ["a.png"]}]))
     assert isinstance(short, Fault) and "holds 2 image parts for 1 images" in str(short.error)
+
+
+def test_messages_that_hold_their_pictures(tmp_path: Path) -> None:
+    """As OpenAI, transformers and Anthropic write them; what sizes a picture stays in the conversation."""
+    encoded = base64.b64encode(PICTURE).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}, "max_pixels": 5000},
+        {"type": "image", "path": "sub/a.png"},
+        {"type": "image", "url": "file:///abs/a%20b.png"},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded}},
+    ]
+    asked = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+    (found,) = read(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "messages": asked}]))
+    assert isinstance(found, Row) and isinstance(found.prompt, Chat)
+    assert found.images == (PICTURE, f"{tmp_path}/sub/a.png", "/abs/a b.png", PICTURE)
+    assert [dict(part) for part in found.prompt.parts[:2]] == [{"type": "image", "max_pixels": 5000}, {"type": "image"}]
+    for bad, told in (
+        ([parts[0], {"type": "image"}], "1 of 2 picture parts hold no picture"),
+        ([{"type": "image"}], "neither image nor images"),
+        ([{**parts[0], "max_pixel": 1}], "with the key 'max_pixel'"),
+    ):
+        asked = [{"role": "user", "content": [*bad, {"type": "text", "text": "What?"}]}]
+        (fault,) = read(write_jsonl(tmp_path / "b.jsonl", [{"id": "a", "messages": asked}]))
+        assert isinstance(fault, Fault) and told in str(fault.error)
+
+
+LITTER = ("._{}", ".DS_Store", "__MACOSX/._{}", "Thumbs.db", "desktop.ini")
+
+
+@pytest.mark.parametrize("shard_rows", [1, 2, 10])
+def test_what_macos_and_windows_leave_in_archives_is_skipped_and_counted(tmp_path: Path, shard_rows: int) -> None:
+    files: list[tuple[str, bytes]] = []
+    for key in ("000", "001", "002"):
+        for part, data in (("png", PICTURE), ("prompt.txt", b"What?"), ("json", b'{"response": "A ring."}')):
+            files += [(each.format(f"{key}.{part}"), b"\0\5\x16\7") for each in LITTER]
+            files += [(f"{key}.{part}", data)]
+    path = write_tar(tmp_path / "a.tar", files)
+    assert [plain(each) for each in read(path, shard_rows=shard_rows)] == [
+        (key, (PICTURE,), "What?", "A ring.") for key in ("000", "001", "002")
+    ]
+    (found,) = scan(find_inputs([str(path)]), Fields(), shard_rows)
+    assert found.n_litter == 9 * len(LITTER)
+
+
+def test_what_they_leave_in_folders_is_skipped_and_counted(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [row()])
+    for name in ("._a.jsonl", "._b.tar", ".DS_Store", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert find_inputs([str(tmp_path)]) == (str(tmp_path / "a.jsonl"),)
+    assert litter_in_folders([str(tmp_path)]) == 4
+
+
+@pytest.mark.parametrize(
+    ("written", "read_as"),
+    [
+        (b"A ring.\n", "A ring."),
+        (b"A ring.\r\n", "A ring."),
+        (b"A ring.\n\n", "A ring."),
+        (b"\xef\xbb\xbfA ring.", "A ring."),
+        (b"  A\nring. ", "  A\nring. "),
+    ],
+)
+def test_text_parts_lose_what_editors_put_around_them(tmp_path: Path, written: bytes, read_as: str) -> None:
+    """A mark of the encoding and the end of the last line are no tokens of a response; in JSON they were meant."""
+    files = [("s.png", PICTURE), ("s.prompt.txt", written), ("s.response.txt", written)]
+    files += [("t.png", PICTURE), ("t.json", json.dumps({"prompt": "What?\n", "response": "A ring.\n"}).encode())]
+    first, second = read(write_tar(tmp_path / "a.tar", files))
+    assert plain(first) == ("s", (PICTURE,), read_as, read_as)
+    assert plain(second) == ("t", (PICTURE,), "What?\n", "A ring.\n")
 
 
 def test_pictures_of_a_sample_keep_the_order_of_their_names(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -335,3 +336,30 @@ def test_a_live_explanation_is_that_of_the_whole(
     assert ours["response"] in shown
     assert run(monkeypatch, *options, "--live", "--response", "a red circle") == 2
     assert "leave out --response" in capsys.readouterr().err
+
+
+def test_a_movie_and_a_folder_of_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named as they are; what systems leave between frames is skipped, and said."""
+    frames = [scenes.make_scene(SEED + k).image for k in range(4)]
+    folder, clip, out = tmp_path / "frames", tmp_path / "clip.mp4", tmp_path / "x.safetensors"
+    folder.mkdir()
+    with av.open(str(clip), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width, stream.height = frames[0].size
+        for k, frame in enumerate(frames):
+            frame.save(folder / f"{k}.png")
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    told = tmp_path / "asked.json"
+    parts = [{"type": "video", "path": str(clip), "nframes": 2}, {"type": "text", "text": "Describe the image."}]
+    told.write_text(json.dumps([{"role": "user", "content": parts}]))
+    options = ("--response", "A red circle.", "--method", "lens", "--scales", "1", "--out", out)
+    for words, n_frames in (((folder,), 4), ((clip,), 4), (("--messages", told), 2)):
+        assert run(monkeypatch, "explain", *words, *options) == 0
+        said = capsys.readouterr().err
+        assert ("4 hidden files or files of macOS or Windows were skipped" in said) == (words == (folder,))
+        assert fastattr.Attribution.load(out).pictures[0].shape[0] == n_frames

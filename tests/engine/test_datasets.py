@@ -90,6 +90,18 @@ def plain(folder: Path) -> Path:
 # --- what is read -----------------------------------------------------------------------------------------------
 
 
+def test_what_macos_and_windows_leave_in_a_folder_is_skipped_and_counted(tmp_path: Path) -> None:
+    folder = plain(tmp_path / "mine")
+    clean = open_dataset(folder)
+    litter = ("images/._a.PNG", "images/._b.webp", "images/Thumbs.db", "masks/.DS_Store", "masks/a/._ball.png")
+    for name in litter:
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    found = open_dataset(folder)
+    assert (found.ids, clean.n_litter, found.n_litter) == (clean.ids, 0, len(litter))
+    response = "A brown dog and a ball."
+    assert said(found.read("a"), response).keys() == said(clean.read("a"), response).keys()
+
+
 def test_coco_captions(tmp_path: Path) -> None:
     dataset = open_dataset(captioned(tmp_path / "coco2014"))
     assert (dataset.name, dataset.ids) == ("coco2014", ("42", "7"))

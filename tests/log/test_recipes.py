@@ -18,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 
 import fastattr
 from fastattr.demo.scenes import make_scene
 from fastattr.log import Submission, read
+from fastattr.log.recipes.fastapi_server import make_app
 from fastattr.log.recipes.with_config_file import redact
 
 RECIPES = Path(fastattr.__file__).parent / "log" / "recipes"
@@ -303,3 +306,24 @@ def test_the_readme_names_every_recipe() -> None:
     text = (RECIPES / "README.md").read_text()
     linked = set(re.findall(r"\]\((\w+\.py)\)", text))
     assert linked == {path.name for path in RECIPES.glob("*.py")} - {"__init__.py", "answering.py"}
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_phone_photo_is_logged_as_the_model_saw_it(orientation: int, tmp_path: Path) -> None:
+    """Upright, on a grid of its shape; and a body that is no picture is refused, however it is broken."""
+    scene = make_scene(3).image.resize((192, 96))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    scene.save(stream, "JPEG", exif=exif, quality=95)
+    app = make_app(str(tmp_path / "log"), sample_rate=1.0, images="store")
+    with TestClient(app) as client:
+        assert client.post("/answer", content=stream.getvalue()).status_code == 200
+        assert client.post("/answer", content=stream.getvalue()[:400]).status_code == 415
+    (record,) = read(tmp_path / "log")
+    why = record.attribution
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stream.getvalue())))
+    np.testing.assert_array_equal(why.pictures[0][0], np.asarray(upright))
+    assert why.picture_sizes == ((upright.height, upright.width),)
+    _, rows, columns = why.grids[0][0]
+    assert (rows > columns) == (upright.height > upright.width)

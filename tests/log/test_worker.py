@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import threading
 import time
@@ -15,7 +17,7 @@ import torch
 from PIL import Image
 
 import fastattr
-from fastattr import AttributionConfig, InputError
+from fastattr import AttributionConfig, InputError, adapters
 from fastattr.demo.examples import clip, images
 from fastattr.demo.scenes import make_scene
 from fastattr.log import AttributionLogger, LogConfig, LogStats, Record, inbox, read
@@ -25,6 +27,7 @@ from fastattr.log.rooms import open_room
 from fastattr.log.sampling import share_of
 from fastattr.log.segments import open_destination
 from fastattr.log.worker import take_over, work
+from tests.engine.family_models import ANSWER, TINY
 from tests.engine.samples import make_attribution
 
 PATIENCE_S = 60.0
@@ -193,6 +196,35 @@ def test_options_of_the_template_and_prompt_ids_reach_whoever_explains(
         assert set(found) == {"right", "plain"}
         assert_same(found["right"].attribution, expected, atol=0.5 / 255 + 1e-4)
         assert not torch.allclose(found["plain"].attribution.log_prob, expected.log_prob, atol=1e-3)
+
+
+def test_what_is_known_of_pictures_reaches_the_worker(tmp_path: Path) -> None:
+    """Notes on what was left out, the size that a part asks for, and hashes, as in the thread."""
+    held = TINY["qwen2_vl"]()
+    model = fastattr.wrap(held.hf_model, held.processor)
+    config = AttributionConfig(scales=(1.0,))
+    frames = [make_scene(k).image for k in range(3)]
+    stream = io.BytesIO()
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    sized = {"type": "image", "resized_height": 64, "resized_width": 96}
+    parts = [sized, {"type": "image"}, {"type": "text", "text": PROMPT}]
+    ids = adapters.encode_response(model, ANSWER).tolist()
+    for explain in ("thread", "worker"):
+        options: dict[str, Any] = {"sample_rate": 1.0, "explain": explain, "attribution": config}
+        with AttributionLogger(tmp_path / explain, model=model, **options) as logger:
+            data = "data:image/gif;base64," + base64.b64encode(stream.getvalue()).decode()
+            asked = [{"role": "user", "content": parts}]
+            assert logger.submit_replay(asked, [frames[0], data], ids, request_id="r")
+            assert logger.flush(PATIENCE_S)
+    explain_all(tmp_path / "worker", model)
+    (thread,), (worker,) = (list(records(tmp_path / each).values()) for each in ("thread", "worker"))
+    for record in (thread, worker):
+        assert any("only frame 1 of the 3 frames of a GIF is shown" in note for note in record.attribution.notes)
+        assert record.envelope.image_sha256 is not None
+        assert record.envelope.image_sha256[1] == hashlib.sha256(stream.getvalue()).hexdigest()
+    assert worker.attribution.grids == thread.attribution.grids
+    assert thread.attribution.grids[0][0] == (1, 4, 6)  # 64 x 96 pixels in cells of 16
+    assert worker.attribution.notes == thread.attribution.notes
 
 
 def test_a_worker_makes_the_record_the_thread_would_have_made(

@@ -82,6 +82,15 @@ GEMMA3 = Family(NAME, look, cell, None, token_types="token_type_ids", tiles=True
 GEMMA3N = Family(  # what its tower sees with one token is said nowhere, and asked for only where pictures can be larger
     "Gemma3n", look_once, lambda config: 1, None, token_types="token_type_ids"
 )
-GEMMA4 = Family("Gemma4", pooled, pooled_cell, None, watch_pooled, token_types="mm_token_type_ids", filmed=EVERY_FRAME)
+GEMMA4 = Family(
+    "Gemma4",
+    pooled,
+    pooled_cell,
+    None,
+    watch_pooled,
+    token_types="mm_token_type_ids",
+    filmed=EVERY_FRAME,
+    keeps_aspect=True,
+)
 
 FAMILIES = {"gemma3": GEMMA3, "shieldgemma2": GEMMA3, "gemma3n": GEMMA3N, "gemma4": GEMMA4}

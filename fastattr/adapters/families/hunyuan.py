@@ -14,6 +14,8 @@ def look(shown: Shown) -> list[Looks]:
 
 
 # its images are counted on over the rows of a batch, so that a row would not be read as it is alone
-HUNYUAN = Family("HunYuan-VL", look, merged_patch, no_limit, token_types="mm_token_type_ids", stacks=False)
+HUNYUAN = Family(
+    "HunYuan-VL", look, merged_patch, no_limit, token_types="mm_token_type_ids", stacks=False, keeps_aspect=True
+)
 
 FAMILIES = {"hunyuan_vl": HUNYUAN}

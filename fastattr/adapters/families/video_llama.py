@@ -49,6 +49,7 @@ VIDEO_LLAMA3 = Family(
     watch,
     filmed={**EVERY_FRAME, "use_token_compression": False},
     film_cell=film_cell,
+    keeps_aspect=True,
 )
 
 FAMILIES = {"video_llama_3": VIDEO_LLAMA3}

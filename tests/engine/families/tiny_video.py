@@ -73,6 +73,7 @@ class VideoHalf:
         max_pixels: int | None = None,
         return_metadata: bool = False,
         return_tensors: str | None = None,
+        video_metadata: Any = None,
     ) -> dict[str, Any]:
         self.calls.append({"do_sample_frames": do_sample_frames, "size": size})
         if do_sample_frames:
@@ -96,7 +97,7 @@ class VideoHalf:
         }
         if return_metadata:  # as transformers fills it in where nobody gives any
             arrays = [np.stack([np.asarray(frame) for frame in frames]) for frames in videos]
-            made["video_metadata"] = make_batched_metadata(arrays, None)
+            made["video_metadata"] = make_batched_metadata(arrays, video_metadata)
         return made
 
 
