@@ -166,7 +166,7 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
             )
     else:
         try:
-            ids = torch.as_tensor(response).flatten()
+            ids = torch.as_tensor(response, device="cpu").flatten()
         except (TypeError, ValueError, RuntimeError) as error:
             kind = type(response).__name__
             raise InputError(f"the response is a {kind}, expected text or token ids: {error}") from error
