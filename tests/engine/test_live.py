@@ -382,12 +382,7 @@ def test_a_second_turn_on_a_cache() -> None:
         cache = first[CACHE]
         more = torch.tensor([held.processor.tokenizer("Describe the image.", add_special_tokens=False)["input_ids"]])
         ids = torch.cat([first.sequences, more], dim=1)
-        whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if "mm_token_type_ids" in whole:
-            whole["mm_token_type_ids"] = nn.functional.pad(
-                whole["mm_token_type_ids"], (0, ids.shape[1] - len(encoded.input_ids))
-            )
-        bare = {name: value for name, value in whole.items() if name in ("input_ids", "attention_mask")}
+        bare = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with fastattr.capture(model) as states:
             out = held.hf_model.generate(**bare, **{CACHE: copy.deepcopy(cache)}, **options)
         with pytest.raises(
@@ -396,17 +391,6 @@ def test_a_second_turn_on_a_cache() -> None:
             states.attribute(out)
         with pytest.raises(fastattr.InputError, match=r"was given a cache of \d+ tokens"):
             states.attribute(out, image=picture())
-        # the pixels given again, beside the cache: what was not captured is read in one forward
-        with fastattr.capture(model) as states:
-            out = held.hf_model.generate(**whole, **{CACHE: copy.deepcopy(cache)}, **options)
-        why = states.attribute(out)
-        said = out[0, ids.shape[1] :]
-        n = len(said)
-        padded = {k: nn.functional.pad(v, (0, n)) if k.endswith("token_type_ids") else v for k, v in whole.items()}
-        with torch.no_grad():
-            logits = held.hf_model(**{**padded, "input_ids": out, "attention_mask": torch.ones_like(out)}).logits[0]
-        expected = logits[-n - 1 : -1, : model.head.vocab].log_softmax(-1).gather(1, said[:, None])[:, 0]
-        torch.testing.assert_close(why.log_prob, expected, rtol=0, atol=1e-4)
 
 
 # --- models in wrappers -------------------------------------------------------------------------------------------------
