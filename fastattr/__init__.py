@@ -8,9 +8,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from fastattr.chat import Chat
 from fastattr.errors import (
     BackendError,
     FastattrError,
@@ -20,15 +20,17 @@ from fastattr.errors import (
     SaveError,
     ScaleError,
     StatesError,
+    TokenIndexError,
     TokenLayoutError,
     UnsupportedModelError,
 )
-from fastattr.pipeline import attribute, attribute_batch, attribute_states
-from fastattr.streaming import Step, Stream, TokenStream, stream
-from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout, View
 
 if TYPE_CHECKING:
     from fastattr.adapters import Family, Look, Model, Shown, StateBuffer, capture, load, register_adapter, wrap
+    from fastattr.chat import Chat
+    from fastattr.pipeline import attribute, attribute_batch, attribute_states
+    from fastattr.streaming import Step, Stream, TokenStream, stream
+    from fastattr.types import Attribution, AttributionConfig, ImageGroup, OutputHead, TokenLayout, View
 
 __all__ = [
     "Attribution",
@@ -51,6 +53,7 @@ __all__ = [
     "StatesError",
     "Step",
     "Stream",
+    "TokenIndexError",
     "TokenLayout",
     "TokenLayoutError",
     "TokenStream",
@@ -66,13 +69,22 @@ __all__ = [
     "wrap",
 ]
 
-_FROM_ADAPTERS = ("Family", "Look", "Model", "Shown", "StateBuffer", "capture", "load", "register_adapter", "wrap")
+_NAMES_OF = {
+    "fastattr.adapters": "Family Look Model Shown StateBuffer capture load register_adapter wrap",
+    "fastattr.chat": "Chat",
+    "fastattr.pipeline": "attribute attribute_batch attribute_states",
+    "fastattr.streaming": "Step Stream TokenStream stream",
+    "fastattr.types": "Attribution AttributionConfig ImageGroup OutputHead TokenLayout View",
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:
-    # models need transformers, which takes seconds to import: only when they are asked for
-    if name in _FROM_ADAPTERS:
-        from fastattr import adapters
-
-        return getattr(adapters, name)
+    # torch and transformers take seconds to import: a module is imported when one of its names is asked for
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'fastattr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

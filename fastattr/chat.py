@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from fastattr.errors import InputError
-from fastattr.images import Visual, read_visuals
+from fastattr.images import Visual, read_visual, read_visuals
+from fastattr.parts import plain_part, sampling_of, short, sizing_of
 
 PICTURES = ("image", "video")
+NOT_OPTIONS = frozenset(  # what `apply_chat_template` is told by fastattr itself
+    [
+        "add_generation_prompt",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "processor_kwargs",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    ]
+)
 Messages = Sequence[Mapping[str, Any]]  # a conversation as chat templates take it
 
 
@@ -20,31 +41,34 @@ class Chat:
     Attributes:
         messages: as chat templates take them: mappings with `role` and `content`, which is text or a list of parts
             `{"type": "text", "text": ...}`, `{"type": "image"}` and `{"type": "video"}`. A part may hold its picture:
-            `{"type": "image", "image": ...}`, `{"type": "video", "video": [frame, ...]}`.
+            `{"type": "image", "image": ...}`, `{"type": "video", "video": [frame, ...]}`. OpenAI's and Anthropic's ways to
+            write parts are read too and kept in this form, see `fastattr.parts`.
         tools: for the chat template; what it writes of them is no context.
+        template_options: what else the chat template reads, by name, such as `{"enable_thinking": False}`. Give what the
+            response was written with: other options make another prompt.
     """
 
     messages: Messages
     tools: Sequence[Any] | None = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.messages, list | tuple):
             raise InputError(f"the messages are a {type(self.messages).__name__}, expected a list of mappings")
-        object.__setattr__(self, "messages", tuple(self.messages))
+        object.__setattr__(self, "messages", tuple(_plain(message) for message in self.messages))
         if not isinstance(self.tools, list | tuple | None):
             raise InputError(f"the tools are a {type(self.tools).__name__}, expected a list of them")
         object.__setattr__(self, "tools", tuple(self.tools or ()))
-        for message in self.messages:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise InputError(f"a message is {_short(message)}, expected a mapping with a role and content")
-            for part in _parts(message):
-                if not isinstance(part, Mapping) or part.get("type") not in ("text", *PICTURES):
-                    raise InputError(
-                        f"a message of {message['role']!r} holds the part {_short(part)}, expected "
-                        '{"type": "text", "text": ...}, {"type": "image"} or {"type": "video"}'
-                    )
-                if part["type"] == "text" and not isinstance(part.get("text"), str):
-                    raise InputError(f"a message of {message['role']!r} holds a text part without text: {_short(part)}")
+        options = self.template_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise InputError(f"template_options is {short(options)}, expected a mapping by name")
+        wrong = sorted(NOT_OPTIONS & set(options))
+        if wrong:
+            raise InputError(
+                f"template_options holds {wrong[0]!r}, expected what the chat template reads; messages and tools have "
+                "places of their own, and fastattr asks for the prompt as text by itself"
+            )
+        object.__setattr__(self, "template_options", MappingProxyType(deepcopy(dict(options))))
         if not self.messages or self.messages[-1]["role"] == "assistant":
             raise InputError(
                 "the last message must be what the model answers to, but "
@@ -52,6 +76,9 @@ class Chat:
             )
         if not any(text.strip() for text in self.texts):
             raise InputError("the messages hold no text, expected some: it is the context the response is read against")
+
+    def __reduce__(self) -> tuple[type[Chat], tuple[Any, ...]]:
+        return Chat, (self.messages, self.tools, dict(self.template_options))  # a mapping proxy cannot be copied
 
     @property
     def parts(self) -> list[Mapping[str, Any]]:
@@ -62,6 +89,11 @@ class Chat:
     def texts(self) -> list[str]:
         """What everybody said, in order."""
         return [part["text"] for part in self.parts if part["type"] == "text"]
+
+    @property
+    def roles(self) -> list[str]:
+        """For each text who said it."""
+        return [m["role"] for m in self.messages for part in _parts(m) if part["type"] == "text"]
 
     @property
     def text(self) -> str:
@@ -90,7 +122,8 @@ def read_prompt(image: Any, prompt: str | Messages | Chat) -> tuple[tuple[Visual
     if isinstance(prompt, str):
         return read_visuals(image), prompt
     chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
-    held = [part.get(part["type"]) for part in chat.parts if part["type"] in PICTURES]
+    parts = [part for part in chat.parts if part["type"] in PICTURES]
+    held = [part.get(part["type"]) for part in parts]
     inline = [each for each in held if each is not None]
     if inline and image is not None:
         raise InputError(
@@ -102,19 +135,24 @@ def read_prompt(image: Any, prompt: str | Messages | Chat) -> tuple[tuple[Visual
         )
     if not inline and image is None:
         raise InputError("got no image; pass image=, or put the pictures into the parts of the messages")
-    visuals = read_visuals(inline if inline else image)
-    if len(visuals) != len(held):
+    given = inline if inline else list(image) if isinstance(image, list | tuple) else [image]
+    if len(given) != len(held):
         raise InputError(
-            f"got {len(visuals)} images for messages with {len(held)} image parts, expected one each, in their order"
+            f"got {len(given)} images for messages with {len(held)} image parts, expected one each, in their order"
         )
-    kinds = [part["type"] for part in chat.parts if part["type"] in PICTURES]
-    for number, (kind, visual) in enumerate(zip(kinds, visuals, strict=True), start=1):
-        if kind == "image" and len(visual.frames) > 1:
-            raise InputError(
-                f"picture part {number} is an image, but a video of {len(visual.frames)} frames was given; write "
-                '{"type": "video"}, and give pictures in the order of the parts'
-            )
-    return visuals, chat
+    return tuple(
+        _read(number, part, each) for number, (part, each) in enumerate(zip(parts, given, strict=True), 1)
+    ), chat
+
+
+def _read(number: int, part: Mapping[str, Any], picture: Any) -> Visual:
+    visual = read_visual(picture, part["type"], sampling=sampling_of(part), sizing=sizing_of(part))
+    if part["type"] == "image" and len(visual.frames) > 1:
+        raise InputError(
+            f"picture part {number} is an image, but a video of {len(visual.frames)} frames was given; write "
+            '{"type": "video"}, and give pictures in the order of the parts'
+        )
+    return visual
 
 
 def text_of(prompt: Prompt) -> str:
@@ -141,12 +179,23 @@ def _parts(message: Mapping[str, Any]) -> list[Any]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
-        raise InputError(
-            f"the content of a message of {message['role']!r} is {_short(content)}, expected text or parts"
-        )
+        raise InputError(f"the content of a message of {message['role']!r} is {short(content)}, expected text or parts")
     return list(content)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _plain(message: Any) -> Mapping[str, Any]:
+    """A message whose parts have the form of `fastattr.parts`."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InputError(f"a message is {short(message)}, expected a mapping with a role and content")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    parts = _parts(message)
+    if not all(isinstance(part, Mapping) for part in parts):
+        wrong = next(part for part in parts if not isinstance(part, Mapping))
+        raise InputError(f"a message of {message['role']!r} holds {short(wrong)}, expected parts, mappings with a type")
+    try:
+        plain = [plain_part(part) for part in parts]
+    except InputError as error:
+        raise InputError(f"a message of {message['role']!r} holds {error}") from error
+    return {**message, "content": plain}

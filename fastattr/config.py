@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any, Literal, TypedDict
 
@@ -28,8 +28,8 @@ class ConfigChanges(TypedDict, total=False):
     """Options that replace those of a configuration: the fields of `AttributionConfig`, where `method` may be any name."""
 
     method: str
-    scales: tuple[float, ...] | list[float] | None
-    scale_weights: tuple[float, ...] | list[float] | None
+    scales: Sequence[float] | None
+    scale_weights: Sequence[float] | None
     decision_weight: bool
     scale_mean: Literal["arithmetic", "geometric"]
     aggregate: Literal["before", "after"]

@@ -7,6 +7,7 @@ FastattrError
 |   |-- StatesError                  hidden states or output embeddings are unusable
 |   |-- DatasetError                 a dataset, or one sample of it, cannot be read
 |   |-- PhraseError (KeyError)       a phrase is not in the response
+|   |-- TokenIndexError (IndexError) the response has no token of this index
 |   `-- ScaleError                   the image cannot be shown to the model at this scale
 |-- UnsupportedModelError            the model's form is not one fastattr can explain
 |-- BackendError (RuntimeError)      a backend was asked for by name and cannot run
@@ -18,6 +19,14 @@ from __future__ import annotations
 
 class FastattrError(Exception):
     """Root of all errors of this package."""
+
+
+def how_to_install(extra: str) -> str:
+    """What to type for an optional dependency group, to end the message of an error.
+
+    fastattr is on no package index, so `pip install fastattr[log]` would fail or fetch somebody else's package.
+    """
+    return f'in a clone of the fastattr repository run: pip install ".[{extra}]"'
 
 
 class InputError(FastattrError, ValueError):
@@ -44,6 +53,10 @@ class PhraseError(InputError, KeyError):
     """A phrase is not in the response."""
 
     __str__ = Exception.__str__  # KeyError would show the message as a quoted key
+
+
+class TokenIndexError(InputError, IndexError):
+    """The response has no token of this index."""
 
 
 class UnsupportedModelError(FastattrError):

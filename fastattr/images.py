@@ -1,28 +1,80 @@
-"""Pictures in any common form to RGB, with nothing guessed and every refusal explained."""
+"""Pictures and videos in any common form to RGB, with nothing guessed and every refusal explained.
+
+The picture that is read is the one that is shown to the model. PIL images and arrays are taken as they lie, as
+transformers' processors take them, whatever an EXIF tag of theirs says; files and encoded bytes are turned upright, as
+`transformers.image_utils.load_image` turns them.
+"""
 
 from __future__ import annotations
 
-import io
+import base64
+import binascii
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from fastattr.errors import ImageError
+from fastattr.decoding import (
+    as_array,
+    decoder_errors,
+    from_array,
+    open_picture,
+    place_in_sequence,
+    to_rgb,
+    turn_upright,
+)
+from fastattr.errors import ImageError, InputError
+from fastattr.video import Clip, Sampling, Timing, is_movie, movie_size, read_animation, read_movie
 
-ImageLike = Any  # a path, PIL image, uint8 or float array, or encoded bytes
+ImageLike = Any  # a path, PIL image, uint8 or float array, encoded bytes, a data: URL, or a `Visual`
+Kind = Literal["image", "video"]
 MAX_DISPLAY_SIDE = 1024
 BLANK = (128, 128, 128)
 
 
 @dataclass(frozen=True)
+class Sizing:
+    """At what size a picture is to be shown, as message parts of Qwen's kind say it; see `Family.sized`.
+
+    Attributes:
+        min_pixels, max_pixels: of the picture as it is shown.
+        height, width: in pixels, rounded to whole cells; given together.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.height is None) != (self.width is None):
+            raise InputError("resized_height and resized_width belong together, but one of them is missing")
+        if self.height is not None and (self.min_pixels, self.max_pixels) != (None, None):
+            raise InputError(
+                "resized_height and resized_width say the size already; leave min_pixels and max_pixels out"
+            )
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:  # type: ignore[operator]
+            raise InputError(f"min_pixels is {self.min_pixels}, expected at most max_pixels, {self.max_pixels}")
+
+
+@dataclass(frozen=True)
 class Visual:
-    """One image, or one video as its frames. All frames have one size."""
+    """One image, or one video as its frames. All frames have one size.
+
+    Attributes:
+        timing: when the frames were taken; None where nobody said.
+        sizing: at what size to show it; None where the processor decides.
+        notes: what was left out in reading it.
+    """
 
     frames: tuple[Image.Image, ...]
+    timing: Timing | None = None
+    sizing: Sizing | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -41,7 +93,7 @@ class Visual:
 
     def blank(self) -> Visual:
         """The same sizes, nothing to see: middle grey. (The picture's mean colour would give its background away.)"""
-        return Visual(tuple(Image.new("RGB", frame.size, BLANK) for frame in self.frames))
+        return replace(self, frames=tuple(Image.new("RGB", frame.size, BLANK) for frame in self.frames))
 
     def hide(self, box: tuple[float, float, float, float]) -> Visual:
         """The same with a box painted over in the grey of `blank`, in every frame.
@@ -55,114 +107,179 @@ class Visual:
         frames = tuple(frame.copy() for frame in self.frames)
         for frame in frames:
             frame.paste(BLANK, pixels)
-        return Visual(frames)
+        return replace(self, frames=frames)
 
 
 def read_visuals(image: ImageLike | Sequence[ImageLike]) -> tuple[Visual, ...]:
     """Read one image, a list of images, or a list that holds videos as lists of frames.
 
-    `x` is one image, `[x, y]` two images, `[[f, g, h]]` one video of three frames.
+    `x` is one image, `[x, y]` two images, `[[f, g, h]]` one video of three frames. The path or bytes of a movie are a video.
 
     Raises:
         ImageError: an image is unreadable, truncated, empty, or frames differ in size.
     """
     if not isinstance(image, list | tuple):
-        return (Visual((read_image(image),)),)
+        return (read_visual(image),)
     if not image:
         raise ImageError("image is an empty list, expected at least one image")
-    return tuple(_read_video(each) if isinstance(each, list | tuple) else Visual((read_image(each),)) for each in image)
+    return tuple(read_visual(each) for each in image)
 
 
-def _read_video(frames: Sequence[ImageLike]) -> Visual:
-    if not frames:
-        raise ImageError("a video is an empty list, expected at least one frame")
-    read = tuple(read_image(frame) for frame in frames)
-    if len({frame.size for frame in read}) > 1:
-        raise ImageError(
-            f"a video holds frames of sizes {sorted({f.size for f in read})} (width, height), expected one size"
-        )
-    return Visual(read)
+def read_visual(
+    image: ImageLike | Sequence[ImageLike],
+    kind: Kind | None = None,
+    *,
+    sampling: Sampling | None = None,
+    sizing: Sizing | None = None,
+) -> Visual:
+    """Read one image, or one video.
+
+    Args:
+        image: as of `read_image`; a list of frames, an array `[t h w 3]`, or the path or bytes of a movie for a video.
+        kind: what it is to be shown as. An animated picture is a video where that is asked for; else its first frame is
+            shown, with a note.
+        sampling: which frames are taken of a file. Of frames that are given one by one all are shown, and `fps` says when
+            they were taken.
+
+    Raises:
+        ImageError: it is unreadable, or a movie where an image is expected.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    if isinstance(image, Visual):
+        return image if sizing is None else replace(image, sizing=sizing)  # its frames were taken before
+    if kind == "video" and not isinstance(image, Image.Image) and getattr(image, "ndim", 0) == 4:
+        image = list(as_array(image))
+    if isinstance(image, list | tuple):
+        if replace(sampling, fps=None) != Sampling():
+            raise ImageError(
+                "nframes, video_start and video_end choose frames of a file, but a list of frames is given, of which all are "
+                "shown; pass the ones to be shown"
+            )
+        visual = _read_frames(image)
+        n_frames = len(visual.frames)
+        timing = None if sampling.fps is None else Timing(sampling.fps, tuple(range(n_frames)), n_frames)
+        return replace(visual, timing=timing, sizing=sizing)
+    source, name = _source(image)
+    if isinstance(source, Path | bytes) and is_movie(_head(source)):
+        if kind == "image":
+            raise ImageError(f'{name} is a video, but an image is expected; write {{"type": "video", "video": ...}}')
+        return _of_clip(read_movie(source, sampling, name), sizing)
+    if isinstance(source, Image.Image):
+        if kind == "video":
+            return _of_clip(read_animation(source, sampling, name), sizing)
+        with decoder_errors(name):
+            notes = _first_of_several(source)
+        return Visual((to_rgb(source, name),), sizing=sizing, notes=notes)
+    if isinstance(source, np.ndarray):
+        return Visual((from_array(source),), sizing=sizing)
+    with open_picture(source, name) as opened, decoder_errors(name):
+        if kind == "video":
+            return _of_clip(read_animation(opened, sampling, name, upright=True), sizing)
+        notes, lies = _first_of_several(opened), to_rgb(opened, name)
+        upright = turn_upright(lies, of=opened)
+        if upright is not lies:
+            notes += ("a picture was turned upright, as the EXIF orientation of its file says",)
+        return Visual((upright,), sizing=sizing, notes=notes)
 
 
 def read_image(image: ImageLike) -> Image.Image:
-    """Decode to RGB: EXIF rotation applied, transparency over white, 16 bits scaled to 8.
+    """RGB of one image: a file or encoded bytes upright, transparency over white, 16 bits scaled to 8.
+
+    Of an animated picture the first frame.
 
     Raises:
-        ImageError: the image is unreadable, truncated or empty. URLs are not fetched.
+        ImageError: the image is unreadable, truncated or empty. URLs are not fetched; `data:` and `file:` are read.
     """
+    return read_visual(image, "image").frames[0]
+
+
+def count_pixels(data: bytes, name: str) -> int:
+    """Of a picture, or of one frame of a movie, from the header alone. Raises `ImageError`."""
+    if is_movie(_head(data)):
+        width, height = movie_size(data, name)
+        return width * height
+    with open_picture(data, name) as opened:
+        return opened.width * opened.height
+
+
+def _read_frames(frames: Sequence[ImageLike]) -> Visual:
+    if not frames:
+        raise ImageError("a video is an empty list, expected at least one frame")
+    read = [read_visual(frame, "image") for frame in frames]
+    sizes = {each.size for each in read}
+    if len(sizes) > 1:
+        raise ImageError(
+            f"a video holds frames of sizes {sorted((w, h) for h, w in sizes)} (width, height), expected one size"
+        )
+    notes = tuple(dict.fromkeys(note for each in read for note in each.notes))
+    return Visual(tuple(each.frames[0] for each in read), notes=notes)
+
+
+def _of_clip(clip: Clip, sizing: Sizing | None) -> Visual:
+    return Visual(clip.frames, clip.timing, sizing, clip.notes)
+
+
+def _first_of_several(image: Image.Image) -> tuple[str, ...]:
+    """A note where a picture has more frames or pages than the one that is shown."""
+    place, count, called = place_in_sequence(image)
+    if count == 1:
+        return ()
+    one = called.removesuffix("s")
+    return (
+        f'only {one} {place + 1} of the {count} {called} of a {image.format} is shown; {{"type": "video", "video": ...}} in a '
+        "message shows all",
+    )
+
+
+def _source(image: Any) -> tuple[Path | bytes | Image.Image | np.ndarray, str]:
+    """Where a picture is to be read from, and its name in errors."""
+    if isinstance(image, Image.Image):
+        return image, "the PIL image"
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        return _decode_url(image), f"image {image[:40]!r}..."
+    if isinstance(image, str) and image[:7].lower() == "file://":
+        return _existing(Path(unquote(urlsplit(image).path)))
     if isinstance(image, str) and "://" in image[:12]:
         raise ImageError(
             f"image is the URL {image!r}; URLs are not fetched, download it and pass the path or the bytes"
         )
-    if isinstance(image, Image.Image):
-        return _to_rgb(image, "the PIL image")
     if isinstance(image, str | Path):
-        path = Path(image)
-        try:
-            exists = path.is_file()
-        except OSError as error:  # for example encoded bytes as text, too long for a path
-            raise ImageError(f"image {str(path)[:80]!r}... cannot be a path: {error.strerror}") from error
-        if not exists:
-            raise ImageError(f"image {str(path)!r} is not a file")
-        return _decode(path, f"image {str(path)!r}")
+        return _existing(Path(image))
     if isinstance(image, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(bytes(image)), f"the image of {len(image)} bytes")
+        return bytes(image), f"the image of {len(image)} bytes"
     if hasattr(image, "__array__"):
-        try:
-            array = np.asarray(image)
-        except (TypeError, RuntimeError) as error:  # a tensor on a device, with a gradient, or in bfloat16
-            raise ImageError(f"the {type(image).__name__} cannot be read as an array: {error}") from error
-        return _from_array(array)
+        return as_array(image), "the image array"
     raise ImageError(f"image is a {type(image).__name__}, expected a path, a PIL image, an array or encoded bytes")
 
 
-def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
+def _existing(path: Path) -> tuple[Path, str]:
     try:
-        with Image.open(source) as opened:
-            opened.load()
-            return _to_rgb(opened, name)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not in an image format that Pillow reads") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
+        exists = path.is_file()
+    except (OSError, ValueError) as error:  # for example base64, too long for a path, or a zero byte in it
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(
+            f"image {str(path)[:80]!r}... cannot be a path: {reason}; write base64 as a data: URL, or decode it"
+        ) from error
+    if not exists:
+        raise ImageError(f"image {str(path)!r} is not a file")
+    return path, f"image {str(path)!r}"
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    shape = list(array.shape)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    if array.size == 0:
-        raise ImageError(f"the image array has shape {shape}, expected at least one pixel")
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ImageError(f"the image array has shape {shape}, expected [h w], [h w 3] or [h w 4]")
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ImageError(
-                f"the float image array spans {array.min()} to {array.max()}, expected finite values in [0, 1]"
-            )
-        array = np.round(array * 255).astype(np.uint8)
-    elif array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
-    elif array.dtype == bool:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype != np.uint8:
-        raise ImageError(f"the image array is {array.dtype}, expected uint8, uint16, bool, or float in [0, 1]")
-    return _to_rgb(Image.fromarray(array), "the image array")
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.width == 0 or image.height == 0:
-        raise ImageError(f"{name} is {image.width} x {image.height} pixels, expected at least 1 x 1")
+def _decode_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ImageError(f"image is {url[:40]!r}..., expected data:image/png;base64,...")
     try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16 or 32 bits of grey
-            values = np.asarray(upright)
-            upright = Image.fromarray(np.clip(values >> 8, 0, 255).astype(np.uint8))
-        if upright.mode == "F":
-            return _from_array(np.asarray(upright))
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            layers = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", layers.size, (255, 255, 255, 255)), layers)
-        return upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
+        return base64.b64decode("".join(body.split()), validate=True)  # some break it into lines
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"image {url[:40]!r}... is not base64: {error}") from error
+
+
+def _head(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:12]
+    try:
+        with source.open("rb") as file:
+            return file.read(12)
+    except OSError as error:
+        raise ImageError(f"image {str(source)!r} cannot be read: {error.strerror or error}") from error

@@ -45,6 +45,7 @@ def attribute(
     generate_options: Mapping[str, Any] | None = None,
     targets: Targets | None = None,
     memory_limit: int | None = None,
+    prompt_ids: Sequence[int] | Tensor | None = None,
     **changes: Unpack[ConfigChanges],
 ) -> Attribution:
     """Explain every token of a response: where in the images, from which words, seen or made up.
@@ -65,6 +66,9 @@ def attribute(
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
+        prompt_ids: the token ids that the response was written to, by whatever engine. Where the prompt here is not the
+            same, for example because the engine gave its chat template other options, it is an error. A run of image
+            placeholders counts as one, since some engines return one a picture.
         **changes: options of `AttributionConfig` that replace those of `config`; `method="best"` is `config="best"`.
 
     Returns:
@@ -77,15 +81,15 @@ def attribute(
 
     with adapters.explaining(model):
         chosen = _for_model(configure(config, changes), model)
-        row = (image, prompt, response)
         return _attribute_rows(
             model,
-            [row],
+            [(image, prompt, response)],
             chosen,
             max_new_tokens=max_new_tokens,
             generate_options=generate_options,
             targets=targets,
             memory_limit=memory_limit,
+            prompt_ids=[prompt_ids],
         )[0]
 
 
@@ -99,6 +103,7 @@ def attribute_batch(
     max_new_tokens: int = 256,
     generate_options: Mapping[str, Any] | None = None,
     targets: Targets | None = None,
+    prompt_ids: Sequence[Sequence[int] | Tensor | None] | None = None,
     **changes: Unpack[ConfigChanges],
 ) -> list[Attribution]:
     """Explain several responses at once: one forward a scale reads all of them, whatever their lengths.
@@ -111,6 +116,7 @@ def attribute_batch(
         config: an `AttributionConfig` or the name of one, as for `attribute`.
         generate_options: as for `attribute`, of every row without a response; their objects are used for all of them.
         targets: as for `attribute`, of every row.
+        prompt_ids: as for `attribute`, one for each row.
         **changes: options that replace those of `config`, as for `attribute`.
 
     Returns:
@@ -128,6 +134,9 @@ def attribute_batch(
         given = list(rows)
         if not given:
             raise InputError("got no rows, expected at least one (image, prompt, response)")
+        expected = [None] * len(given) if prompt_ids is None else list(prompt_ids)
+        if len(expected) != len(given):
+            raise InputError(f"got {len(expected)} prompt_ids for {len(given)} rows, expected one each, or None")
         return _attribute_rows(
             model,
             given,
@@ -136,6 +145,7 @@ def attribute_batch(
             generate_options=generate_options,
             targets=targets,
             memory_limit=None,
+            prompt_ids=expected,
         )
 
 
@@ -157,6 +167,7 @@ def _attribute_rows(
     generate_options: Mapping[str, Any] | None,
     targets: Targets | None,
     memory_limit: int | None,
+    prompt_ids: Sequence[Sequence[int] | Tensor | None],
 ) -> list[Attribution]:
     from fastattr import adapters
 
@@ -177,6 +188,9 @@ def _attribute_rows(
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
     scales = config.known_scales
     encoded = [adapters.encode_scales(model, seen, prompt, scales) for seen, prompt in given]
+    for each, ids in zip(encoded, prompt_ids, strict=True):
+        if ids is not None:
+            adapters.check_prompt(model, each[0], ids)
     responses = []
     for (seen, prompt), each, (_, _, response) in zip(given, encoded, rows, strict=True):
         if response is None:
@@ -218,7 +232,8 @@ def _attribute_rows(
                 model=model.name,
                 calibration=model.calibration,
                 source="replay",
-                notes=notes_of(maps, mine[0].layout, config, seen, asked, takes_videos=model.takes_videos),
+                notes=notes_of(maps, mine[0].layout, config, seen, asked, takes_videos=model.takes_videos)
+                + adapters.template_notes(model, prompt),
                 targets=asked,
                 special_ids=model.marker_ids,
             )
@@ -326,7 +341,7 @@ def attribute_captured(
             changed since.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
-    from fastattr.adapters import captured_reading, explaining
+    from fastattr.adapters import captured_reading, explaining, template_notes
 
     evidence = bool(changes.get("evidence", False))
     chosen = replace(configure(config, changes, default="arc@1"), evidence=evidence)
@@ -350,6 +365,7 @@ def attribute_captured(
             blanked = replace(reading, hidden_states=states.read_blank(reading.input_ids, visuals))
             seen = maps.log_prob - log_probs(blanked, states.head).cpu()
     notes = notes_of(maps, reading.layout, chosen, visuals, takes_videos=states.model.takes_videos)
+    notes += () if said is None else template_notes(states.model, said)
     if not visuals and not states.model.family.resized:
         notes += (
             "the images were not given, so where their processor crops, the part that the maps cover is not known",
@@ -553,9 +569,10 @@ def notes_of(
     *,
     takes_videos: bool = False,
 ) -> tuple[str, ...]:
-    notes = []
+    notes: list[str] = []
     if targets is not None:
         notes.append(f"{len(targets)} of {len(maps.log_prob)} tokens were asked for; the others have no map")
+    notes += dict.fromkeys(note for visual in visuals for note in visual.notes)
     shown = list(zip(visuals, layout.images, strict=True)) if visuals else []
     films = [(len(visual.frames), group.grid[0]) for visual, group in shown if len(visual.frames) > 1]
     if films and not takes_videos:

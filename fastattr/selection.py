@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastattr.errors import InputError, PhraseError
+from fastattr.errors import InputError, PhraseError, TokenIndexError
 from fastattr.text import FUNCTION_WORDS, answer_text, said_text
 from fastattr.types import Attribution, Box
 from fastattr.words import phrase_spans, word_spans
@@ -128,6 +129,16 @@ class Selection:
         frame = _peak_frame(maps, len(pictures[image])) or 0
         return overlay(pictures[image][frame], maps[peak_step(maps) or 0], self.attribution.extents[image])
 
+    def _repr_html_(self) -> str:
+        from fastattr.report import selection_html
+
+        return selection_html(self)
+
+    def _repr_png_(self) -> bytes:
+        from fastattr.report import selection_png
+
+        return selection_png(self)
+
     def __repr__(self) -> str:
         score = self.score
         shown = "" if score is None else f", {score:+.2f} nats"
@@ -162,6 +173,41 @@ def _no_phrase(text: str, phrase: str) -> str:
 def _words_of(text: str) -> str:
     words = list(dict.fromkeys(text[start:stop] for start, stop in word_spans(text)))
     return ", ".join(words[:40]) + (", ..." if len(words) > 40 else "")
+
+
+def select_tokens(attribution: Attribution, asked: SupportsIndex | slice) -> Selection:
+    """One token, or the tokens of a slice as one occurrence.
+
+    Args:
+        asked: an index as of a list, negative ones from the end; or a slice without a step.
+
+    Raises:
+        InputError: it is neither.
+        TokenIndexError: there is no such token, or the slice is empty.
+    """
+    n = len(attribution)
+    if isinstance(asked, slice):
+        if asked.step not in (None, 1):
+            raise InputError(f"select neighbouring tokens by a slice without a step, got step {asked.step}")
+        try:
+            first, behind, _ = asked.indices(n)
+        except TypeError as error:
+            raise InputError(f"select tokens by a slice of whole numbers, got {asked}") from error
+        if first >= behind:
+            raise TokenIndexError(f"the tokens {asked.start}:{asked.stop} of a response of {n} tokens are none")
+    else:
+        try:
+            index = operator.index(asked)
+        except TypeError:
+            index = None
+        if index is None or isinstance(asked, bool):
+            raise InputError(f"select by a word or phrase of the response, or the index of a token, got {asked!r}")
+        if not -n <= index < n:
+            raise TokenIndexError(f"there is no token {index}: the response has {n}, numbered from 0")
+        first = index % n
+        behind = first + 1
+    span = (attribution.spans[first][0], attribution.spans[behind - 1][1])
+    return Selection(attribution, (span,), (tuple(range(first, behind)),))
 
 
 def select_pattern(attribution: Attribution, pattern: str) -> Selection:

@@ -45,6 +45,14 @@ _SHAPES = ("grids", "extents", "picture_sizes")
 _LATER = ("special", "reasoning")  # files from before there were any do not say
 
 
+_LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def is_litter(path: str) -> bool:
+    """Whether a file is one that macOS or Windows leave beside others: `._x`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`."""
+    return any(part in _LITTER or part.startswith("._") for part in path.replace("\\", "/").split("/"))
+
+
 def save(attribution: Attribution, path: str | Path) -> Path:
     """Write everything, pictures as PNG.
 
@@ -95,6 +103,10 @@ def load(path: str | Path) -> Attribution:
         raise SaveError(
             f"{str(path)!r} has format {manifest.get('format')}, this version reads {FORMAT}; use a matching fastattr"
         )
+    try:
+        config = from_saved(manifest["config"])
+    except InputError as error:
+        raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error}") from error
     pictures = tuple(
         np.stack([_from_png(tensors[f"picture.{i}.{t}"]) for t in range(frames)])
         for i, frames in enumerate(manifest["frames"])
@@ -107,7 +119,7 @@ def load(path: str | Path) -> Attribution:
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
-        config=from_saved(manifest["config"]),
+        config=config,
         calibration=None if calibration is None else Calibration(**calibration),
         **values,
     )
@@ -154,9 +166,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = ""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(f"{str(path)!r} is a directory")
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, temporary = _make_temporary(path)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -166,13 +176,35 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     except SaveError:  # raised by whoever writes
         raise
     except OSError as error:
-        raise SaveError(
-            f"{str(path)!r} cannot be written: {error.strerror or error}; choose a folder that exists and is writable"
-        ) from error
+        raise SaveError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:
         if temporary:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before the work whether `whole_file` could write there. Nothing is left behind, an old file stays.
+
+    Raises:
+        SaveError: it could not: the folder is missing or read-only, `path` is a directory, or its name is too long.
+    """
+    handle, temporary = _make_temporary(Path(path))
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def _make_temporary(path: Path) -> tuple[int, str]:
+    """Create the file that is renamed to `path` when it is complete; returns its descriptor and name. Raises `SaveError`."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{str(path)!r} is a directory")
+        return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except (OSError, ValueError) as error:  # a ValueError where the name holds a null character
+        raise SaveError(
+            f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}; choose a folder that exists "
+            "and is writable"
+        ) from error
 
 
 def _umask() -> int:

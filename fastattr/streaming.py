@@ -95,6 +95,7 @@ def stream(
     *,
     max_new_tokens: int = 256,
     generate_options: Mapping[str, Any] | None = None,
+    prompt_ids: Sequence[int] | Tensor | None = None,
     **changes: Unpack[ConfigChanges],
 ) -> Stream:
     """Explain a response while it is being written.
@@ -115,6 +116,7 @@ def stream(
             behind the last word are left out. None lets the model answer by itself, at most `max_new_tokens`.
         config: an `AttributionConfig` or the name of one, as for `attribute`; without `regions` and `compat`, so not `best`.
         generate_options: as for `attribute`.
+        prompt_ids: ids of the prompt that the tokens answer, see `attribute`.
         **changes: options that replace those of `config`, as for `attribute`.
 
     Raises:
@@ -135,7 +137,7 @@ def stream(
             "generate_options are for the model's own answer, but tokens were given; leave one of them out"
         )
     with torch.inference_mode(False), torch.no_grad():
-        return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options)
+        return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options, prompt_ids)
 
 
 def check_streamable(config: AttributionConfig) -> None:
@@ -161,14 +163,17 @@ class Stream:
         config: AttributionConfig,
         max_new_tokens: int,
         generate_options: Mapping[str, Any] | None,
+        prompt_ids: Sequence[int] | Tensor | None,
     ) -> None:
-        from fastattr.adapters import Decoder, Rows, encode, encode_scales, end_tokens, generate_steps
+        from fastattr.adapters import Decoder, Rows, check_prompt, encode, encode_scales, end_tokens, generate_steps
 
         self._model, self._visuals, self._prompt, self._config = model, tuple(visuals), prompt, config
         self._backend = ops.resolve(config.backend, model.head.weight.device)
         self._scales = scales = config.known_scales
         self._base = base_scale(scales)
         encoded = encode_scales(model, visuals, prompt, scales)
+        if prompt_ids is not None:
+            check_prompt(model, encoded[0], prompt_ids)
         if tokens is None:
             plain = encoded[scales.index(1.0)] if 1.0 in scales else encode(model, visuals, prompt)
             self._tokens = generate_steps(model, plain, max_new_tokens=max_new_tokens, options=generate_options)
@@ -224,6 +229,8 @@ class Stream:
         Raises:
             InputError: nothing was said yet.
         """
+        from fastattr.adapters import template_notes
+
         if not self._ids or self._log_prob is None:
             raise InputError("nothing was said yet, so there is nothing to explain; iterate over the stream first")
         found, n_context = self._found, self._found[-1].context.shape[1]
@@ -257,9 +264,8 @@ class Stream:
             model=self._model.name,
             calibration=self._model.calibration,
             source="replay",
-            notes=notes_of(
-                maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos
-            ),
+            notes=notes_of(maps, readings[0].layout, self._config, self._visuals, takes_videos=self._model.takes_videos)
+            + template_notes(self._model, self._prompt),
             special_ids=self._model.marker_ids,
         )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, SupportsIndex, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from fastattr.errors import InputError, TokenLayoutError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
     from fastattr.calibration import Calibration
     from fastattr.descriptors import Descriptors
     from fastattr.fields import Field
@@ -466,11 +469,35 @@ class Attribution:
         text = self.response if len(self.response) <= 60 else self.response[:57] + "..."
         return f"Attribution({text!r}, {len(self)} tokens, {name_of(self.config)}, maps {shapes})"
 
-    def __getitem__(self, phrase: str) -> Selection:
-        """Select every occurrence of a word or phrase. Raises `PhraseError` if there is none."""
-        from fastattr.selection import select_phrase
+    def __getitem__(self, asked: str | SupportsIndex | slice) -> Selection:
+        """Select every occurrence of a word or phrase, the token of an index, or the tokens of a slice as one selection.
 
-        return select_phrase(self, phrase)
+        `why["red circle"]`, `why[0]`, `why[-1]`, `why[2:5]`.
+
+        Raises:
+            PhraseError: the phrase does not occur.
+            TokenIndexError: there is no token of this index, or the slice is empty.
+            InputError: `asked` is none of these.
+        """
+        from fastattr.selection import select_phrase, select_tokens
+
+        return select_phrase(self, asked) if isinstance(asked, str) else select_tokens(self, asked)
+
+    def __iter__(self) -> Iterator[Selection]:
+        """A selection for each token, in order."""
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, phrase: object) -> bool:
+        """Whether a word or phrase occurs, as whole words in any case."""
+        from fastattr.errors import PhraseError
+
+        if not isinstance(phrase, str):
+            return False
+        try:
+            self[phrase]
+        except PhraseError:
+            return False
+        return True
 
     def find(self, pattern: str) -> Selection:
         """Select every match of a regular expression. Raises `PhraseError` if there is none."""
@@ -511,6 +538,12 @@ class Attribution:
 
         return load(path)
 
+    def html(self, *, others: Sequence[Attribution] = ()) -> str:
+        """The interactive report as one self-contained page; `others` as of `to_html`. Raises `InputError`."""
+        from fastattr.report import page_html
+
+        return page_html((self, *others))
+
     def to_html(self, path: str | Path, *, others: Sequence[Attribution] = ()) -> Path:
         """Write the interactive report; `others` are the same response by other methods or scales. Raises `SaveError`."""
         from fastattr.report import write_html
@@ -522,6 +555,32 @@ class Attribution:
         from fastattr.report import write_png
 
         return write_png(self, path)
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table with one row a token.
+
+        Columns: `token`, `id`, `start` and `end` (characters of the response), `log_prob` and `evidence` (nats; NaN
+        without evidence), `agreement_1.5` for each scale, the four of `descriptors`, `degenerate`, `explained`, and
+        for each image `box_0`: `(left, top, right, bottom)` in pixels, None where the map is dark or there are no
+        pictures.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        from fastattr.report import to_frame
+
+        return to_frame(self)
+
+    def plot(self, phrase: str | SupportsIndex | slice | None = None) -> Figure:
+        """A matplotlib figure of overlays: a grid with one a token, or one word, phrase or token, as `why[phrase]`.
+
+        Raises:
+            InputError: matplotlib is not installed.
+            PhraseError, TokenIndexError: as of `why[phrase]`.
+        """
+        from fastattr.report import plot, plot_tokens
+
+        return plot_tokens(self) if phrase is None else plot([self[phrase]])
 
     def _repr_html_(self) -> str:
         from fastattr.report import notebook_html

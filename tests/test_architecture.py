@@ -19,12 +19,17 @@ ARROWS: dict[str, set[str]] = {
     "fastattr.errors": set(),
     "fastattr.types": set(),
     "fastattr.config": set(),
-    "fastattr.images": set(),
-    "fastattr.chat": {"fastattr.images"},
+    "fastattr.decoding": set(),
+    "fastattr.video": {"fastattr.decoding"},
+    "fastattr.images": {"fastattr.decoding", "fastattr.video"},
+    "fastattr.parts": {"fastattr.images", "fastattr.video"},
+    "fastattr.chat": {"fastattr.images", "fastattr.parts"},
     "fastattr.views": set(),
     "fastattr.regions": set(),
     "fastattr.descriptors": set(),
-    "fastattr.text": set(),
+    "fastattr.text": {"fastattr.reasoning"},
+    "fastattr.reasoning": set(),
+    "fastattr.words": set(),
     "fastattr.calibration": set(),
     "fastattr.ops": {"fastattr_kernels"},
     "fastattr.maps": {"fastattr.ops"},
@@ -70,19 +75,21 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.chat",
         "fastattr.images",
         "fastattr.maps",
+        "fastattr.parts",
         "fastattr.storage",
         "fastattr.text",
+        "fastattr.video",
         "fastattr.views",
     },
-    "fastattr.selection": {"fastattr.report", "fastattr.text"},
+    "fastattr.selection": {"fastattr.report", "fastattr.text", "fastattr.words"},
     "fastattr.fields": {"fastattr.selection", "fastattr.text"},
-    "fastattr.targets": {"fastattr.fields", "fastattr.selection", "fastattr.text"},
+    "fastattr.targets": {"fastattr.fields", "fastattr.selection", "fastattr.text", "fastattr.words"},
     "fastattr.storage": {"fastattr.calibration"},
     "fastattr.metrics": set(),
     "fastattr.metrics.faithfulness": {"fastattr.images"},
-    "fastattr.report": {"fastattr.fields", "fastattr.selection", "fastattr.storage"},
+    "fastattr.report": {"fastattr.fields", "fastattr.selection", "fastattr.storage", "fastattr.text"},
     "fastattr.demo": {"fastattr.adapters", "fastattr.images", "fastattr.pipeline"},
-    "fastattr.datasets": {"fastattr.demo", "fastattr.images", "fastattr.text"},
+    "fastattr.datasets": {"fastattr.decoding", "fastattr.demo", "fastattr.images", "fastattr.storage", "fastattr.text"},
     "fastattr.evaluate": {
         "fastattr.adapters",
         "fastattr.calibration",
@@ -102,12 +109,15 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.chat",
         "fastattr.descriptors",
         "fastattr.images",
+        "fastattr.parts",
         "fastattr.pipeline",
         "fastattr.selection",
         "fastattr.storage",
+        "fastattr.text",
+        "fastattr.video",
     },
     "fastattr.log.dashboard": {"fastattr.log", "fastattr.report"},
-    "fastattr.log.recipes": {"fastattr", "fastattr.demo", "fastattr.log"},
+    "fastattr.log.recipes": {"fastattr", "fastattr.demo", "fastattr.images", "fastattr.log"},
     "fastattr.batch": {
         "fastattr",
         "fastattr.adapters",
@@ -115,6 +125,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.images",
         "fastattr.log",
         "fastattr.pipeline",
+        "fastattr.storage",
     },
     "fastattr.cli": {
         "fastattr",
@@ -151,7 +162,8 @@ LAZY_DOORS = {
 OUTSIDE = {
     "transformers": {"fastattr.adapters", "fastattr.demo"},
     "typer": {"fastattr.cli"},
-    "matplotlib": {"fastattr.evaluate"},
+    "matplotlib": {"fastattr.evaluate", "fastattr.report", "fastattr.types"},
+    "pandas": {"fastattr.report", "fastattr.types"},
     "pycocotools": {"fastattr.datasets"},
     "inflect": {"fastattr.datasets"},
     "safetensors": {"fastattr.storage", "fastattr.adapters", "fastattr.log"},
@@ -229,10 +241,10 @@ def test_kernels_stand_alone() -> None:
 
 
 def test_importing_fastattr_is_light() -> None:
-    """Neither transformers nor a drawing or web library is loaded, so the import costs little over torch."""
+    """Neither torch and transformers nor a drawing or web library is loaded until a name of theirs is asked for."""
     code = (
         "import sys, fastattr\n"
-        "heavy = {'transformers', 'typer', 'tokenizers', 'matplotlib', 'triton', 'pyarrow', 'fastattr.log'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'typer', 'tokenizers', 'matplotlib', 'triton', 'pyarrow', 'fastattr.log'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,9 @@
 
 from fastattr.adapters.buffer import StateBuffer
 from fastattr.adapters.capturing import CapturedStates, capture, captured_reading
+from fastattr.adapters.content import model_content
 from fastattr.adapters.decoding import Decoder, Rows
-from fastattr.adapters.encode import EncodedExample, encode, encode_response, encode_scales
+from fastattr.adapters.encode import EncodedExample, check_prompt, encode, encode_response, encode_scales
 from fastattr.adapters.ending import EndTokens, end_tokens
 from fastattr.adapters.exports import ExportedStates, read_sglang, read_vllm
 from fastattr.adapters.families import (
@@ -24,6 +25,7 @@ from fastattr.adapters.families import (
 from fastattr.adapters.generating import generate, generate_steps
 from fastattr.adapters.model import Model, check_model, explaining, hide_loading_bars, load, wrap
 from fastattr.adapters.states import log_probs_of_images, replay, replay_batch
+from fastattr.adapters.wording import template_notes
 
 __all__ = [
     "FAMILIES",
@@ -43,6 +45,7 @@ __all__ = [
     "capture",
     "captured_reading",
     "check_model",
+    "check_prompt",
     "encode",
     "encode_response",
     "encode_scales",
@@ -53,6 +56,7 @@ __all__ = [
     "hide_loading_bars",
     "load",
     "log_probs_of_images",
+    "model_content",
     "read_sglang",
     "read_vllm",
     "register_adapter",
@@ -60,5 +64,6 @@ __all__ = [
     "registered_types",
     "replay",
     "replay_batch",
+    "template_notes",
     "wrap",
 ]

@@ -9,8 +9,8 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,14 @@ from fastattr.adapters.live import adapters_of
 from fastattr.adapters.model import Model, check_model
 from fastattr.adapters.states import forward
 from fastattr.adapters.wording import text_positions
-from fastattr.chat import Prompt, as_chat
+from fastattr.chat import Chat, Messages, Prompt, as_chat
+from fastattr.config import AnyConfig, ConfigChanges
 from fastattr.errors import FastattrError, InputError
-from fastattr.images import Visual
-from fastattr.types import ImageGroup, OutputHead, ScaleStates, TokenLayout
+from fastattr.images import ImageLike, Visual
+from fastattr.types import Attribution, ImageGroup, OutputHead, ScaleStates, TokenLayout
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("fastattr")
 
@@ -136,11 +140,19 @@ class CapturedStates:
         """What these states and inputs hold in memory."""
         return self._pages.n_bytes + self._input_bytes
 
-    def attribute(self, out: Any, **options: Any) -> Any:
-        """Explain what `generate` returned. Options as in `fastattr.attribute_captured`."""
+    def attribute(
+        self,
+        out: Any,
+        config: AnyConfig = None,
+        *,
+        image: ImageLike | Sequence[ImageLike] | None = None,
+        prompt: str | Messages | Chat | None = None,
+        **changes: Unpack[ConfigChanges],
+    ) -> Attribution:
+        """Explain what `generate` returned, see `fastattr.pipeline.attribute_captured`."""
         from fastattr.pipeline import attribute_captured
 
-        return attribute_captured(self, out, **options)
+        return attribute_captured(self, out, config, image=image, prompt=prompt, **changes)
 
     def prompt(self) -> Tensor:
         """Ids `[n]` that the model was given.
@@ -236,7 +248,10 @@ class CapturedStates:
         Raises:
             InputError: images of this size are not what `generate` was given.
         """
-        blank = encode(self.model, [visual.blank() for visual in visuals], "What is it?").model_inputs
+        model = self.model
+        if model.family.nested and len(self.model_inputs.get("batch_num_images", ())) > 1:  # each was given alone
+            model = replace(model, family=replace(model.family, nested=False))
+        blank = encode(model, [visual.blank() for visual in visuals], "What is it?").model_inputs
         changed = {  # pixels; a number for each video, as the seconds between its steps, stays what it was
             name: value
             for name, value in blank.items()
@@ -377,7 +392,34 @@ def _captured_groups(
             raise InputError(
                 f"image holds {given[0]}, but generate was given {given[1].removesuffix(' images')}; pass the same, or none"
             )
-    return group_images(prefill, model, counts, images, videos), counts
+    groups = group_images(prefill, model, counts, images, videos)
+    if model.family.keeps_aspect:
+        for number, (visual, group) in enumerate(zip(visuals, groups, strict=False), start=1):
+            _check_aspect(number, visual, group)
+    return groups, counts
+
+
+def _check_aspect(number: int, visual: Visual, group: ImageGroup) -> None:
+    """Raises `InputError` unless a grid can be that of a picture at some size, each side rounded to whole cells."""
+    sizing, (height, width) = visual.sizing, visual.size
+    if sizing is not None and sizing.height is not None and sizing.width is not None:
+        height, width = sizing.height, sizing.width
+    _, h, w = group.grid
+    if not _has_aspect(h, w, height, width):
+        turned = ", but it is that of the picture turned by 90 degrees" if _has_aspect(w, h, height, width) else ""
+        raise InputError(
+            f"picture {number} has {width} x {height} pixels (width x height), but generate was given a picture of {w} x {h} "
+            f"cells, which is not its shape{turned}; pass the picture that the processor was given, as it was given (of files "
+            "fastattr follows the EXIF orientation, as transformers' load_image does and PIL.Image.open does not)"
+        )
+
+
+def _has_aspect(h: int, w: int, height: int, width: int) -> bool:
+    """Whether both sides can have been scaled alike, then rounded up or down to whole cells, and to one at least."""
+    least, most = zip(
+        *(((n - 1) / side if n > 1 else 0.0, (n + 1) / side) for n, side in ((h, height), (w, width))), strict=True
+    )
+    return max(least) < min(most)
 
 
 @contextmanager

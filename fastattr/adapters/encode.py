@@ -14,16 +14,22 @@ from torch import Tensor, nn
 
 from fastattr.adapters.ending import end_tokens
 from fastattr.adapters.families import Family, Look, Looks, Shown, looks_of, video_looks_of
+from fastattr.adapters.films import frame_size
 from fastattr.adapters.hooks import unwrap_peft
 from fastattr.adapters.model import Model, accepts
 from fastattr.adapters.wording import ShownAs, render, text_positions
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
 from fastattr.images import Visual
+from fastattr.parts import SIZES
 from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
 MAX_IMAGE_TOKENS = 65_536
+IMAGE_CELLS, VIDEO_CELLS = (
+    (4, 16_384),
+    (128, 768),
+)  # of qwen-vl-utils: at least and at most, of a picture and of a frame
 MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower; four of the bundled model's pictures are fastest
 
 
@@ -92,7 +98,7 @@ def encode_scales(
             "either; ask about them apart, or pass the frames of the video as images"
         )
     text = render(model, chat, [picture.shown_as for picture in pictures])
-    base = _process(model, text, pictures)  # also what the other scales are relative to
+    base = _process_sized(model, text, pictures)  # also what the other scales are relative to
     processed = [
         base if scale == 1.0 else _process_scaled(model, text, pictures, base.looks, scale) for scale in scales
     ]
@@ -201,6 +207,48 @@ def check_response(model: Model, ids: Tensor) -> None:
         )
 
 
+def check_prompt(model: Model, encoded: EncodedExample, prompt_ids: Sequence[int] | Tensor) -> None:
+    """Whether a prompt is the one that some engine says its response was written to.
+
+    A run of one placeholder counts as one, on both sides: how many an image has hangs on its scale, and some engines
+    return one a picture.
+
+    Args:
+        prompt_ids: int `[seq]`, without the response.
+
+    Raises:
+        InputError: they are no token ids.
+        TokenLayoutError: the prompts differ; the message shows where.
+    """
+    try:
+        ids = torch.as_tensor(prompt_ids).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"prompt_ids is a {type(prompt_ids).__name__}, expected token ids: {error}") from error
+    if ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
+        raise InputError(f"prompt_ids holds {len(ids)} values of {ids.dtype}, expected token ids")
+    given, ours = _joined(model, ids.tolist()), _joined(model, encoded.input_ids.tolist())
+    if given == ours:
+        return
+    at = next((i for i, (one, other) in enumerate(zip(given, ours, strict=False)) if one != other), None)
+    at = min(len(given), len(ours)) if at is None else at
+    size = model.head.weight.shape[0]
+    theirs, mine = (
+        "".join(model.decode([[id for id in each[max(0, at - 12) : at + 12] if 0 <= id < size]]))
+        for each in (given, ours)
+    )
+    raise TokenLayoutError(
+        f"prompt_ids is not the prompt that {model.name} is given here: they differ from token {at} on (a run of image "
+        f"placeholders counted as one), where prompt_ids says {theirs!r} and the prompt here {mine!r}; pass the messages, "
+        "tools and template_options that the response was written to, with fastattr.Chat"
+    )
+
+
+def _joined(model: Model, ids: Sequence[int]) -> list[int]:
+    """Ids with one placeholder in place of a run of them."""
+    stand_ins = {*model.placeholder_ids, model.film_token_id}
+    return [id for i, id in enumerate(ids) if i == 0 or id != ids[i - 1] or id not in stand_ins]
+
+
 def alike(examples: Sequence[EncodedExample]) -> bool:
     """Whether the examples hold the same tokens and inputs of the same shapes, so that one layout fits them all."""
     first = examples[0]
@@ -276,8 +324,9 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     chosen = {name: value for name, value in chosen.items() if accepts(model.processor.__call__, name)}
     if films:
         chosen["videos"] = films
+        chosen |= _video_metadata(model, [picture.visual for picture in pictures if picture.film])
     if frames or not films:
-        chosen["images"] = frames
+        chosen["images"] = [frames] if frames and model.family.nested else frames
     try:
         with _on_cpu():
             produced = model.processor(text=[text], return_tensors="pt", **chosen)
@@ -317,12 +366,86 @@ def _on_cpu() -> AbstractContextManager[object]:
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
+def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:
+    """The option that tells a processor when frames were taken; none where nobody said."""
+    if all(film.timing is None for film in films) or not accepts(model.processor.__call__, "video_metadata"):
+        return {}
+    told: list[dict[str, Any]] = []
+    for film in films:
+        n, timing = len(film.frames), film.timing
+        if timing is None:
+            told.append({"total_num_frames": n, "fps": None, "frames_indices": list(range(n))})
+        else:
+            known = {"total_num_frames": timing.total, "fps": timing.fps, "frames_indices": list(timing.indices)}
+            told.append(known)
+    return {"video_metadata": told}
+
+
 def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:
     """Keep one beginning-of-sequence token where the chat template writes it and the tokenizer adds another."""
     bos = getattr(tokenizer, "bos_token_id", None)
     ids = inputs["input_ids"]
     if bos is not None and ids[0, :2].tolist() == [bos, bos]:
         inputs.update({name: value[:, 1:] for name, value in inputs.items() if value.shape == ids.shape})
+
+
+def _process_sized(model: Model, text: str, pictures: Sequence[_Picture]) -> _Processed:
+    """Show every picture at the size its part asks for, else as the processor does by itself.
+
+    The rule is that of qwen-vl-utils: whole cells, each side rounded, within `min_pixels` and `max_pixels` (of a video those
+    of one frame).
+
+    Raises:
+        ImageError: the family sizes pictures otherwise, or its processor shows them at another size all the same.
+    """
+    sized = [picture for picture in pictures if picture.visual.sizing is not None]
+    if not sized:
+        return _process(model, text, pictures)
+    if not model.family.sized:
+        raise ImageError(
+            f"{model.name} ({model.family.name}) has a way of its own to size pictures, so that {', '.join(SIZES)} of a "
+            "message part cannot be followed; leave them out, or resize the picture"
+        )
+    shown = [picture if picture.visual.sizing is None else _sized(model, picture) for picture in pictures]
+    processed = _process(model, text, shown)
+    images, films = iter(processed.looks[0]), iter(processed.looks[1])
+    for picture in shown:
+        looks = [next(films)] if picture.film else [next(images) for _ in picture.visual.frames]
+        cell = _cell(model, picture)
+        wanted = tuple(length // cell for length in picture.visual.size)
+        came = looks[0][0].grid[1:]
+        if picture.visual.sizing is not None and came != wanted:
+            raise ImageError(
+                f"a message part asks for a picture of {wanted[0] * cell} x {wanted[1] * cell} pixels (height x width), but "
+                f"{type(model.processor).__name__} shows it at {came[0] * cell} x {came[1] * cell}; raise the limits in the "
+                "processor, or ask for a size within them"
+            )
+    return processed
+
+
+def _sized(model: Model, picture: _Picture) -> _Picture:
+    """A picture at the size its part asks for."""
+    sizing, cell = picture.visual.sizing, _cell(model, picture)
+    assert sizing is not None
+    fewest, most = VIDEO_CELLS if picture.film else IMAGE_CELLS
+    size = picture.visual.size
+    if sizing.height is not None and sizing.width is not None:
+        size, limits = (sizing.height, sizing.width), (IMAGE_CELLS[0] * cell**2, IMAGE_CELLS[1] * cell**2)
+    else:
+        least = fewest * cell**2 if sizing.min_pixels is None else sizing.min_pixels
+        largest = most * cell**2 if sizing.max_pixels is None else sizing.max_pixels
+        limits = (min(least, largest), max(least, largest))
+    try:
+        height, width = frame_size(size, 1, cell, limits, counts_all=False)
+    except ValueError as error:
+        raise ImageError(f"{size[1]} x {size[0]} pixels cannot be shown: {error}") from error
+    frames = tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in picture.visual.frames)
+    return replace(picture, visual=replace(picture.visual, frames=frames))
+
+
+def _cell(model: Model, picture: _Picture) -> int:
+    of_films = model.family.film_cell if picture.film else None
+    return (of_films or model.family.cell)(model.config)
 
 
 def _process_scaled(
@@ -381,7 +504,9 @@ def _resize(family: Family, visual: Visual, look: Look, cell: int, scale: float)
         height, width = (max(1, round(length * scale)) for length in visual.size)
     else:
         return visual
-    return Visual(tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in visual.frames))
+    return replace(
+        visual, frames=tuple(frame.resize((width, height), Image.Resampling.BICUBIC) for frame in visual.frames)
+    )
 
 
 # --- roles of tokens -------------------------------------------------------------------------------

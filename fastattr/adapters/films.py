@@ -71,10 +71,12 @@ def film_patches(image_processor: Any, frames: Sequence[Image.Image], size: Size
     return kept.flatten(2).flatten(0, 1), [len(filled) // depth, h, w]
 
 
-def step_seconds(n_frames: int, depth: int, frames_per_second: float) -> list[tuple[float, float]]:
-    """When the first and the last frame of every temporal patch were taken, in seconds."""
-    last = n_frames - 1
-    return [
-        (first / frames_per_second, min(first + depth - 1, last) / frames_per_second)
-        for first in range(0, n_frames, depth)
-    ]
+def step_seconds(seconds: Sequence[float], depth: int) -> list[tuple[float, float]]:
+    """When the first and the last frame of every temporal patch were taken, in seconds.
+
+    Args:
+        seconds: of every frame.
+        depth: frames of a temporal patch.
+    """
+    last = len(seconds) - 1
+    return [(seconds[first], seconds[min(first + depth - 1, last)]) for first in range(0, len(seconds), depth)]

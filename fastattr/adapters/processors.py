@@ -17,6 +17,7 @@ import torch
 
 from fastattr.adapters.films import Limits, film_patches, frame_size, step_seconds
 from fastattr.errors import UnsupportedModelError
+from fastattr.video import Timing
 
 _COUNTS = ("num_crops", "num_soft_tokens_per_image")  # named among the model's inputs and not taken by it
 
@@ -59,9 +60,10 @@ class ComposedProcessor:
 
     def __call__(self, text: Sequence[str], images: Sequence[Any], return_tensors: str = "pt", **options: Any) -> Any:
         image_inputs = self.image_processor(list(images), return_tensors=return_tensors, **options)
+        n_images = sum(len(each) if isinstance(each, list) else 1 for each in images)  # they may be nested
         pieces = text[0].split(self.image_token)
-        if len(pieces) != len(images) + 1:
-            raise ValueError(f"the text holds {len(pieces) - 1} image placeholders for {len(images)} images")
+        if len(pieces) != n_images + 1:
+            raise ValueError(f"the text holds {len(pieces) - 1} image placeholders for {n_images} images")
         expanded = pieces[0] + "".join(self.expand(image_inputs, i) + piece for i, piece in enumerate(pieces[1:]))
         # the template has written the special tokens already
         encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
@@ -96,7 +98,7 @@ class FilmProcessor(ComposedProcessor):
     Attributes:
         style: how the family shows videos.
         limits: pixels of a video, at least and at most.
-        frames_per_second: of the videos. Frames do not say it; 24 is what transformers takes where nobody does.
+        frames_per_second: of videos whose metadata do not say it; 24 is what transformers takes where nobody does.
     """
 
     style: FilmStyle
@@ -110,6 +112,7 @@ class FilmProcessor(ComposedProcessor):
         return_tensors: str = "pt",
         videos: Sequence[Sequence[Any]] = (),
         do_sample_frames: bool = False,
+        video_metadata: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> Any:
         if do_sample_frames:
@@ -118,13 +121,18 @@ class FilmProcessor(ComposedProcessor):
         if images:
             shown |= self.image_processor(list(images), return_tensors=return_tensors, **options)
         stills = [self.expand(shown, i) for i in range(len(images))]
-        films = [self._read(frames, options.get("size")) for frames in videos]
+        timings = [self._timing(frames, video_metadata[i] if video_metadata else {}) for i, frames in enumerate(videos)]
+        films = [
+            self._read(frames, options.get("size"), timing.seconds)
+            for frames, timing in zip(videos, timings, strict=True)
+        ]
         if films:
             shown["pixel_values_videos"] = torch.cat([patches for patches, _, _ in films])
             shown["video_grid_thw"] = torch.tensor([grid for _, grid, _ in films], device="cpu")
             if self.style.paced:
-                pace = self.image_processor.temporal_patch_size / self.frames_per_second
-                shown["second_per_grid_ts"] = torch.full((len(films),), pace, dtype=torch.float32, device="cpu")
+                depth = self.image_processor.temporal_patch_size
+                paces = [depth / timing.sampled_fps for timing in timings]
+                shown["second_per_grid_ts"] = torch.tensor(paces, dtype=torch.float32, device="cpu")
         marks = {self.image_token: iter(stills), self.style.token: iter([written for _, _, written in films])}
         pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text[0])
         for mark, given, what in ((self.image_token, images, "images"), (self.style.token, videos, "videos")):
@@ -135,7 +143,13 @@ class FilmProcessor(ComposedProcessor):
         encoded.update(shown)
         return encoded
 
-    def _read(self, frames: Sequence[Any], size: Any) -> tuple[torch.Tensor, list[int], str]:
+    def _timing(self, frames: Sequence[Any], said: Mapping[str, Any]) -> Timing:
+        indices = said.get("frames_indices") or range(len(frames))
+        return Timing(
+            said.get("fps") or self.frames_per_second, tuple(indices), said.get("total_num_frames") or len(frames)
+        )
+
+    def _read(self, frames: Sequence[Any], size: Any, seconds: Sequence[float]) -> tuple[torch.Tensor, list[int], str]:
         """Patches, their grid, and the text of one video."""
         images = self.image_processor
         limits = self.limits if size is None else (size["shortest_edge"], size["longest_edge"])
@@ -146,8 +160,8 @@ class FilmProcessor(ComposedProcessor):
             frames,
             frame_size((height, width), len(frames), cell, limits, counts_all=self.style.counts_all),
         )
-        seconds = step_seconds(len(frames), images.temporal_patch_size, self.frames_per_second)
-        return patches, grid, self.style.write(grid[1] * grid[2] // images.merge_size**2, seconds)
+        steps = step_seconds(seconds, images.temporal_patch_size)
+        return patches, grid, self.style.write(grid[1] * grid[2] // images.merge_size**2, steps)
 
 
 def load_processor(name: str | Path, **options: Any) -> Any:

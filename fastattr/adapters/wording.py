@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from torch import Tensor
 
 from fastattr.adapters.model import Model
-from fastattr.chat import Chat
+from fastattr.chat import Chat, Prompt
 from fastattr.errors import InputError, TokenLayoutError
 from fastattr.text import decode_tokens
 from fastattr.types import ImageGroup
@@ -23,8 +25,9 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
     """The conversation with a placeholder for every picture, where the model is about to answer.
 
     Raises:
-        InputError: the processor has no chat template, or it refuses the conversation.
+        InputError: the processor has no chat template, it refuses the conversation, or it does not read an option.
     """
+    _check_options(model, chat)
     left = iter(shown_as)
 
     def parts(content: Any) -> Any:
@@ -40,17 +43,73 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
         return shown
 
     messages = [{**message, "content": parts(message.get("content"))} for message in chat.messages]
-    options = {"tools": list(chat.tools)} if chat.tools else {}
+    options = {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.template_options}
     try:
         return str(model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
     except (ValueError, TypeError, TemplateError) as error:
         raise InputError(f"{type(model.processor).__name__} cannot render the chat: {error}") from error
 
 
-def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence[ImageGroup]) -> tuple[int, ...]:
-    """Positions of the tokens that write what was said.
+def _check_options(model: Model, chat: Chat) -> None:
+    """Refuse options that the template would ignore, where its text is known and is what renders the chat."""
+    given = set(chat.template_options) - {"chat_template"}
+    owner = model.processor
+    known_ways = ("transformers.", "fastattr.")
+    if not given or not type(owner).apply_chat_template.__module__.startswith(known_ways):
+        return
+    template = chat.template_options.get("chat_template") or getattr(owner, "chat_template", None)
+    template = template or getattr(owner.tokenizer, "chat_template", None)
+    read = _variables(template) if isinstance(template, str) else None
+    if read is None or given <= read:
+        return
+    own = {*Environment().globals, *getattr(owner.tokenizer, "special_tokens_map", {}), *_TEMPLATE_NAMES}
+    known = ", ".join(sorted(read - own)) or "none"
+    raise InputError(
+        f"template_options holds {', '.join(sorted(given - read))}, which the chat template of {model.name} does not read; "
+        f"the options it reads: {known}"
+    )
 
-    A text is looked for between the pictures it was said between. Where its characters stand there more than once, as in
+
+_TEMPLATE_NAMES = ("add_generation_prompt", "documents", "messages", "raise_exception", "strftime_now", "tools")
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers, which marks the answers
+
+
+@lru_cache
+def _variables(template: str) -> frozenset[str] | None:
+    """The names that a chat template reads; None where it is not plain Jinja."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses alone, so nothing is to be escaped
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
+    except TemplateError:
+        return None
+
+
+def template_notes(model: Model, prompt: Prompt) -> tuple[str, ...]:
+    """What a reader must know of how the chat template writes a conversation: what it leaves out or writes otherwise."""
+    if not isinstance(prompt, Chat):
+        return ()
+    written = {each.index: each.text for each in _written(model, prompt)}
+    notes = []
+    for index, (role, text) in enumerate(zip(prompt.roles, prompt.texts, strict=True)):
+        said, read = ("".join(each.split()).casefold() for each in (text, written.get(index, "")))
+        if said and not read:
+            notes.append(f"the chat template leaves out what the {role} said, {_short(text)}, so it is no context")
+        elif said != read:
+            notes.append(
+                f"the chat template writes what the {role} said, {_short(text)}, as {_short(written[index].strip())}; "
+                "context is what the model reads"
+            )
+    return tuple(notes)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence[ImageGroup]) -> tuple[int, ...]:
+    """Positions of the tokens that write what was said, as far as the chat template writes it.
+
+    What a text is written as, where the template changes it, tell marks around it. It is looked for between the pictures it was said between. Where its characters stand there more than once, as in
     a word that the chat template or the processor writes too, the place counts whose surroundings are most like what the
     template writes around the text. Special tokens are nobody's words.
 
@@ -59,32 +118,36 @@ def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence
         groups: image tokens of the pictures, in the order of the conversation.
 
     Raises:
-        TokenLayoutError: a text is not in what the model reads, for example because the chat template rewrites it.
+        TokenLayoutError: a text is not in what the model reads, or the chat template leaves out what the user said.
         InputError: the texts hold special tokens alone.
     """
     special = model.special_tokens
     ids = input_ids.tolist()
+    written = _written(model, chat)
+    texts = dict(zip([each.index for each in written], _read(model, written, special), strict=True))
+    moved = list(texts) != sorted(texts)
     said: list[list[_Text]] = [[]]
-    texts = iter(_surroundings(model, chat, special))
+    index = 0
     for part in chat.parts:
         if part["type"] == "text":
-            said[-1].append(next(texts))
+            said[-1] += [texts[index]] if index in texts else []
+            index += 1
         else:
             said.append([])
     edges = [(min(group.positions), max(group.positions) + 1) for group in groups]
     stretches = list(zip([0, *(stop for _, stop in edges)], [*(start for start, _ in edges), len(ids)], strict=True))
     found: list[int] | None = None
-    if len(stretches) == len(said) and all(start <= stop for start, stop in stretches):
+    if not moved and len(stretches) == len(said) and all(start <= stop for start, stop in stretches):
         each = [_find(model, ids, range(*at), of, special) for at, of in zip(stretches, said, strict=True)]
         found = None if any(one is None for one in each) else [position for one in each for position in one or ()]
         first = all(ids[at] in special for at in range(stretches[-1][0]))  # the processor put all pictures first
     else:
-        first = True  # how many images a picture was shown as is not known here
+        first = True  # how many images a picture was shown as is not known here, or where texts were moved to
     if found is None and first:
-        found = _find(model, ids, range(len(ids)), [text for of in said for text in of], special)
+        found = _find(model, ids, range(len(ids)), list(texts.values()), special)
     if found is None:
         whole = model.decode([[id for id in ids if id not in model.placeholder_ids]])[0]
-        missing = [text.strip() for text in chat.texts if "".join(text.split()) not in "".join(whole.split())]
+        missing = [each.text.strip() for each in written if "".join(each.text.split()) not in "".join(whole.split())]
         names = f"the prompt {missing[0]!r} is" if missing else "what was said is, in this order,"
         raise TokenLayoutError(
             f"{names} not in the text the model reads, {whole!r}, so its tokens cannot be found; "
@@ -153,40 +216,109 @@ def _alike(one: Iterable[str], other: Iterable[str]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-_MARK = "\N{ASTERISM}"
+@dataclass(frozen=True)
+class _Written:
+    """A text as the chat template writes it.
+
+    Attributes:
+        index: among the texts of the conversation.
+        text: what the model reads of it.
+        before, behind: what the template writes around it, up to the texts before and behind.
+    """
+
+    index: int
+    text: str
+    before: str
+    behind: str
 
 
-def _surroundings(model: Model, chat: Chat, special: Mapping[int, str]) -> list[_Text]:
-    """Every text with what the chat template writes around it, up to the texts before and behind."""
-    n = len(chat.texts)
-    left = iter(range(n))
+_BEGIN, _END = "\u2042{}\u27e6", "\u27e7{}\u2042"
+_PLACE = re.compile("\u2042([0-9]+)\u27e6\u27e7\\1\u2042")
+_ANY_MARK = re.compile("\u2042[0-9]+\u27e6|\u27e7[0-9]+\u2042")
 
-    def marked(content: Any) -> Any:
-        if content is None:
-            return None
-        if isinstance(content, str):
-            return f"{_MARK}{next(left)}{_MARK}"
-        return [
-            {"type": "text", "text": f"{_MARK}{next(left)}{_MARK}"} if each["type"] == "text" else each
-            for each in content
-        ]
 
-    probe = Chat(tuple({**each, "content": marked(each.get("content"))} for each in chat.messages), chat.tools)
-    try:
-        rendered = render(model, probe, [(False, 1)] * chat.n_pictures)
-    except InputError:  # no template: a captured chat was written by hand
-        rendered = "".join(f"{_MARK}{i}{_MARK}" for i in range(n))
-    left_out = [text for i, text in enumerate(chat.texts) if f"{_MARK}{i}{_MARK}" not in rendered]
+def _written(model: Model, chat: Chat) -> list[_Written]:
+    """The texts of a conversation in the order in which the chat template writes them, without those it leaves out.
+
+    The template is given the conversation twice: with marks in place of the texts, which tell what it writes around
+    them, and with marks around the texts, which tell what becomes of them.
+
+    Raises:
+        TokenLayoutError: it leaves out what the user said.
+    """
+    _check_options(model, chat)
+    marks = [(_BEGIN.format(i), _END.format(i)) for i in range(len(chat.texts))]
+    around = _render_texts(model, chat, [begin + end for begin, end in marks])
+    marked = _render_texts(
+        model, chat, [begin + text + end for (begin, end), text in zip(marks, chat.texts, strict=True)]
+    )
+    places = list(_PLACE.finditer(around))
+    order = list(dict.fromkeys(int(match[1]) for match in places))
+    ends = zip(
+        [0, *(match.end() for match in places)], [*(match.start() for match in places), len(around)], strict=True
+    )
+    between = [around[stop:start] for stop, start in ends]
+    if len(places) != len(order):  # a template that writes texts twice
+        between = [""] * (len(order) + 1)
+    found = []
+    for place, index in enumerate(order):
+        text = _between_marks(marked, *marks[index], between[place], between[place + 1])
+        if text is not None and (text.strip() or not chat.texts[index].strip()):
+            found.append(_Written(index, text, between[place], between[place + 1]))
+    there = {each.index for each in found}
+    left_out = [
+        text
+        for index, (role, text) in enumerate(zip(chat.roles, chat.texts, strict=True))
+        if role == "user" and index not in there
+    ]
     if left_out:
         raise TokenLayoutError(
             f"the prompt {left_out[0]!r} is not in the text the model reads: the chat template leaves it out; leave that turn "
             "out too, or if the template reads parts alone, write the content as [{'type': 'text', 'text': ...}]"
         )
-    written = re.split(f"{_MARK}[0-9]+{_MARK}", rendered)
-    if len(written) != n + 1:  # a template that writes texts twice
-        written = [""] * (n + 1)
+    return found
+
+
+def _between_marks(marked: str, begin: str, end: str, before: str, behind: str) -> str | None:
+    """What stands between two marks; where one is gone, from or up to what the template writes; None where both are."""
+    first, last = marked.find(begin), marked.find(end)
+    if first < 0 and last < 0:
+        return None
+    if first >= 0:
+        first += len(begin)
+    if first < 0:
+        first = max((match.end() for match in _ANY_MARK.finditer(marked, 0, last)), default=0)
+        first += _alike(marked[first:last], before)
+    elif last < 0:
+        last = next((match.start() for match in _ANY_MARK.finditer(marked, first)), len(marked))
+        last -= _alike(reversed(marked[first:last]), reversed(behind))
+    return _ANY_MARK.sub("", marked[first:last])
+
+
+def _render_texts(model: Model, chat: Chat, texts: Sequence[str]) -> str:
+    """The conversation with other texts, and a placeholder for every picture."""
+    left = iter(texts)
+
+    def changed(content: Any) -> Any:
+        if content is None:
+            return None
+        if isinstance(content, str):
+            return next(left)
+        return [{"type": "text", "text": next(left)} if each["type"] == "text" else each for each in content]
+
+    messages = tuple({**each, "content": changed(each.get("content"))} for each in chat.messages)
+    try:
+        return render(model, replace(chat, messages=messages), [(False, 1)] * chat.n_pictures)
+    except InputError:  # no template: a captured chat was written by hand
+        return "".join(texts)
+
+
+def _read(model: Model, written: Sequence[_Written], special: Mapping[int, str]) -> list[_Text]:
+    """Texts and what stands around them as the tokenizer reads them, without special tokens and white space."""
     nothing = re.compile("|".join([r"\s+", *(re.escape(token) for token in sorted(special.values(), key=len)[::-1])]))
     tokenizer = model.processor.tokenizer  # which may normalise, or lack a character
-    read = model.decode([tokenizer(text, add_special_tokens=False)["input_ids"] for text in chat.texts])
-    bare = [nothing.sub("", each) for each in (*written, *read)]
-    return [(bare[n + 1 + i], bare[i], bare[i + 1]) for i in range(n)]
+    read = model.decode([tokenizer(each.text, add_special_tokens=False)["input_ids"] for each in written])
+    return [
+        (nothing.sub("", text), nothing.sub("", each.before), nothing.sub("", each.behind))
+        for text, each in zip(read, written, strict=True)
+    ]

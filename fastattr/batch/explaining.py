@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from fastattr.adapters import check_model, load
 from fastattr.batch.sources import Row, read_image
 from fastattr.chat import text_of
-from fastattr.errors import BackendError, FastattrError, ImageError, InputError, UnsupportedModelError
+from fastattr.errors import BackendError, FastattrError, InputError, UnsupportedModelError
+from fastattr.images import count_pixels
 from fastattr.pipeline import attribute_batch
 from fastattr.types import Attribution, AttributionConfig
 
@@ -132,13 +131,7 @@ def backing_off(
 def _pixels(data: bytes, named: bytes | str) -> int:
     """From the header alone."""
     name = f"the image of {len(data)} bytes" if isinstance(named, bytes) else f"image {named[:200]!r}"
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.width * image.height
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not in an image format that Pillow reads") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} cannot be decoded: {error}") from error
+    return count_pixels(data, name)
 
 
 def _give_back(error: BaseException) -> None:

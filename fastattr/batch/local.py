@@ -24,7 +24,7 @@ import torch
 
 from fastattr.adapters import hide_loading_bars
 from fastattr.batch.explaining import load_model
-from fastattr.batch.output import open_output
+from fastattr.batch.output import Failure, open_output
 from fastattr.batch.shards import Job, ShardResult, Stopped, Task, Underway, run_shard
 from fastattr.errors import FastattrError, InputError
 
@@ -41,6 +41,7 @@ class _Worker:
         task: what it was given; None while it waits.
         started: whether it has a model and has begun with a shard.
         at: the rows it said it would do next.
+        failed: rows of its shard, as far as it said.
     """
 
     process: BaseProcess
@@ -48,6 +49,7 @@ class _Worker:
     task: Task | None = None
     started: bool = False
     at: tuple[int, ...] = ()
+    failed: tuple[Failure, ...] = ()
 
 
 def cores() -> int:
@@ -87,7 +89,7 @@ def run(
                 hired += 1
             for worker in crew:
                 if worker.task is None and waiting:
-                    worker.task, worker.at = waiting.popleft(), ()
+                    worker.task, worker.at, worker.failed = waiting.popleft(), (), ()
                     _send(worker, worker.task)
             ready = wait([worker.pipe for worker in crew], timeout=POLL_S)
             for worker in [each for each in crew if each.pipe in ready]:
@@ -119,8 +121,9 @@ def run(
                 else:
                     worker.started, early_deaths = True, 0
                     worker.at, done, failed = message
+                    worker.failed += failed
                     if worker.task is not None:
-                        yield Underway(worker.task.shard.number, done, failed)
+                        yield Underway(worker.task.shard.number, done, worker.failed)
     finally:
         _dismiss(crew)
 
@@ -172,8 +175,8 @@ def _work(job: Job, pipe: Connection, threads: int) -> None:
     hide_loading_bars()
     torch.set_num_threads(min(threads, torch.get_num_threads()))  # fewer where the environment says so
 
-    def step(rows: Sequence[int], done: int, failed: int) -> None:
-        pipe.send((tuple(rows), done, failed))
+    def step(rows: Sequence[int], done: int, failed: Sequence[Failure]) -> None:
+        pipe.send((tuple(rows), done, tuple(failed)))
         if pipe.poll():  # during a shard nothing comes but the end
             raise Stopped
 

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -26,6 +26,7 @@ from fastattr.log.segments import ROW_GROUP, Destination, open_destination
 from fastattr.log.spool import make_folder
 
 PLAN = "plan.json"
+_NAMES = re.compile(r"""'[^']*'|"[^"]*"|[^\s:;,]*\d[^\s:;,]*""")  # quoted, or with a digit in it
 _FAILURES = re.compile(r"failed/(\d{6,})\.jsonl")
 
 
@@ -34,17 +35,39 @@ class Failure:
     """A row that was not explained.
 
     Attributes:
-        id: the caller's.
+        id: the caller's; None where the row has none of use.
         row: file and row in words.
         error_type: name of the exception, or `crashed` where the row ended the process that explained it.
         attempt: how many workers had tried the shard, this one included.
     """
 
-    id: str
+    id: str | None
     row: str
     error_type: str
     error: str
     attempt: int
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why rows failed: errors that differ in nothing but names and numbers.
+
+    Attributes:
+        count: of the rows.
+        example: one of them.
+    """
+
+    count: int
+    example: Failure
+
+
+def reasons_of(failures: Iterable[Failure]) -> tuple[Reason, ...]:
+    """The most frequent first; of equally frequent ones the first to occur."""
+    alike: dict[tuple[str, str], list[Any]] = {}
+    for each in failures:
+        counted = alike.setdefault((each.error_type, _NAMES.sub("", each.error)), [0, each])
+        counted[0] += 1
+    return tuple(sorted((Reason(*counted) for counted in alike.values()), key=lambda reason: -reason.count))
 
 
 @dataclass(frozen=True)
@@ -103,6 +126,17 @@ class Output:
         else:
             names = self.destination.names()
         return frozenset(int(match[1]) for name in names if (match := _FAILURES.fullmatch(name)))
+
+    def check_writable(self) -> None:
+        """Find out before the work whether a local folder can be made and written to. Raises `SaveError`."""
+        if not self.destination.is_local:
+            return
+        there = Path(self.url).absolute()
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            reason = "is not writable" if there.is_dir() else "is a file"
+            raise SaveError(f"{self.url!r} cannot be written: {str(there)!r} {reason}; choose another --out")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

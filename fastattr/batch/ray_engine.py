@@ -1,6 +1,6 @@
 """Shards on a Ray cluster: one actor a worker, each with a model of its own. Which machine, and when, is for Ray to decide.
 
-The only module that imports Ray: `pip install 'fastattr[ray]'`.
+The only module that imports Ray: `pip install ".[ray]"`, run in a clone of the repository.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import ray.exceptions
 
 from fastattr.adapters import hide_loading_bars
 from fastattr.batch.explaining import load_model
-from fastattr.batch.output import open_output
+from fastattr.batch.output import Failure, open_output
 from fastattr.batch.shards import Job, ShardResult, Stopped, Task, Underway, run_shard
 from fastattr.errors import FastattrError, InputError
 
@@ -146,19 +146,24 @@ class _Journal:
     """Where workers say what they do next, so that it is known when they do not come back."""
 
     def __init__(self) -> None:
-        self._said: dict[int, tuple[tuple[int, ...], int, int]] = {}
+        self._said: dict[int, tuple[tuple[int, ...], int, tuple[Failure, ...]]] = {}
         self._stopped = False
 
-    def step(self, shard: int, rows: tuple[int, ...], done: int, failed: int) -> bool:
+    def step(self, shard: int, rows: tuple[int, ...], done: int, failed: tuple[Failure, ...]) -> bool:
         """Returns whether to stop."""
-        self._said[shard] = rows, done, failed
+        earlier = self._said[shard][2] if done and shard in self._said else ()  # none is done: another attempt
+        self._said[shard] = (
+            rows,
+            done,
+            tuple(dict.fromkeys(earlier + failed)),
+        )  # a call that is tried again adds nothing
         return self._stopped
 
     def at(self, shard: int) -> tuple[int, ...]:
         """The rows that a worker was at; it is gone by now."""
-        return self._said.pop(shard, ((), 0, 0))[0]
+        return self._said.pop(shard, ((), 0, ()))[0]
 
-    def underway(self) -> list[tuple[int, int, int]]:
+    def underway(self) -> list[tuple[int, int, tuple[Failure, ...]]]:
         return [(shard, done, failed) for shard, (_, done, failed) in self._said.items()]
 
     def stop(self) -> None:
@@ -178,8 +183,8 @@ class _Actor:
         self._output = open_output(job.out, job.storage_options)
 
     def run(self, task: Task) -> ShardResult | None:
-        def step(rows: Sequence[int], done: int, failed: int) -> None:
-            if ray.get(self._journal.step.remote(task.shard.number, tuple(rows), done, failed)):
+        def step(rows: Sequence[int], done: int, failed: Sequence[Failure]) -> None:
+            if ray.get(self._journal.step.remote(task.shard.number, tuple(rows), done, tuple(failed))):
                 raise Stopped
 
         result = None

@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastattr.batch import local
-from fastattr.batch.output import open_output
+from fastattr.batch.output import Failure, Reason, open_output, reasons_of
 from fastattr.batch.plan import Plan, settle, shard_of
 from fastattr.batch.shards import Job, ShardResult, Task, Underway
-from fastattr.batch.sources import Fields, find_inputs, scan
+from fastattr.batch.sources import Fields, find_inputs, litter_in_folders, scan
 from fastattr.config import AnyConfig, configure
 from fastattr.errors import InputError
 from fastattr.log.config import Images
@@ -60,9 +60,12 @@ class Summary:
     Attributes:
         outcome: `done`, or what ended it before: `stopped` from outside, or `too_many_failures`.
         written: rows with a record.
-        failed: rows without one, told in `failed/`.
-        left: rows that the same call would go on with.
-        earlier: rows that were done before this run.
+        failed: rows without one, told in `failed/`. In a batch that was given up, rows of the shards it was at are among
+            them: the same call tries those again.
+        left: all other rows; `total` is `written + failed + left`.
+        earlier: rows, of those written and failed, that were done before this run.
+        litter: files of macOS or Windows (`._x`, `.DS_Store`, `Thumbs.db`) in the inputs, which were skipped.
+        reasons: why rows failed, the most frequent first.
     """
 
     outcome: Outcome
@@ -71,6 +74,8 @@ class Summary:
     failed: int
     left: int
     earlier: int
+    litter: int = 0
+    reasons: tuple[Reason, ...] = field(default=(), compare=False)
 
 
 class Tell(Protocol):
@@ -114,7 +119,8 @@ def run(
         stop: ends the batch soon after it is set.
 
     Raises:
-        DatasetError: an input cannot be read, a row has no id, or an id is there twice.
+        DatasetError: an input cannot be read, none of its first rows has a field that every row needs, or most rows have
+            an id that an earlier row has.
         InputError: an option is out of range.
         SaveError: `out` cannot be written, or holds another batch.
         FastattrError: the model cannot be explained, or workers die and no row is to blame.
@@ -136,27 +142,50 @@ def run(
         shard_rows=shard_rows,
         limit=limit,
     )
+    output.check_writable()
     paths = find_inputs([str(name) for name in names], input_options)
     plan = replace(plan, inputs=scan(paths, fields, shard_rows, limit, input_options))
     with output.locked():
         plan = settle(plan, output)
         shards, published = plan.shards(), {shard_of(plan.id, writer) for writer in output.writers()}
         earlier = {shard.number: len(shard) for shard in shards if shard.number in published}
-        failed = sum(len(output.read_failures(each)) for each in sorted(output.shards_with_failures() & earlier.keys()))
+        failures = [
+            failure
+            for each in sorted(output.shards_with_failures() & earlier.keys())
+            for failure in output.read_failures(each)
+        ]
         job = Job(plan, str(out), device, dict(storage_options or {}), dict(input_options or {}))
         tasks = [Task(shard) for shard in shards if shard.number not in earlier]
         done = sum(earlier.values())
-        count = _Count(Progress(plan.n_rows, done, failed, done, len(shards), len(earlier)))
+        count = _Count(Progress(plan.n_rows, done, len(failures), done, len(shards), len(earlier)))
         tell(count.progress)
         stop = threading.Event() if stop is None else stop
         if tasks and not _too_many(count.progress, max_error_rate):
             with closing(engine(job, tasks, stop=stop)) as events:
                 for event in events:
                     count.add(event)
+                    if isinstance(event, ShardResult) and event.failed:
+                        failures += output.read_failures(event.shard)
                     tell(count.progress)
                     if _too_many(count.progress, max_error_rate):
                         break
-    return _summary(count.published, too_many=_too_many(count.progress, max_error_rate))
+        too_many = _too_many(count.progress, max_error_rate)
+        unpublished = count.unpublished if too_many else {}
+        for shard, failed in unpublished.items():  # so that every reason is in a file
+            output.write_failures(shard, failed)
+            failures += failed
+    left = plan.n_rows - count.published.done - sum(map(len, unpublished.values()))
+    return Summary(
+        outcome="too_many_failures" if too_many else "stopped" if left else "done",
+        total=plan.n_rows,
+        written=count.published.done - count.published.failed,
+        failed=len(failures),
+        left=left,
+        earlier=done,
+        litter=litter_in_folders([str(name) for name in names], input_options)
+        + sum(each.n_litter for each in plan.inputs),
+        reasons=reasons_of(failures),
+    )
 
 
 class _Count:
@@ -179,26 +208,19 @@ class _Count:
         )
 
     @property
+    def unpublished(self) -> dict[int, list[Failure]]:
+        """What failed in shards that are under way."""
+        return {shard: list(each.failed) for shard, each in self._underway.items() if each.failed}
+
+    @property
     def progress(self) -> Progress:
         underway = self._underway.values()
         return replace(
             self.published,
             done=self.published.done + sum(each.done for each in underway),
-            failed=self.published.failed + sum(each.failed for each in underway),
+            failed=self.published.failed + sum(len(each.failed) for each in underway),
         )
 
 
 def _too_many(progress: Progress, max_error_rate: float) -> bool:
     return progress.failed > max_error_rate * max(progress.done, min(progress.total, FIRST_ROWS))
-
-
-def _summary(published: Progress, *, too_many: bool) -> Summary:
-    left = published.total - published.done
-    return Summary(
-        outcome="too_many_failures" if too_many else "stopped" if left else "done",
-        total=published.total,
-        written=published.done - published.failed,
-        failed=published.failed,
-        left=left,
-        earlier=published.earlier,
-    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fastattr.batch.explaining import Ready, backing_off, explain_rows, get_ready
+from fastattr.batch.explaining import OUT_OF_MEMORY, Ready, backing_off, explain_rows, get_ready
 from fastattr.batch.output import Failure, Output
 from fastattr.batch.plan import Plan, Shard, writer_of
 from fastattr.batch.sources import Fault, Row, read_rows
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 CRASHED = "crashed"
 MAX_DEATHS = 3  # of workers on one shard, without a row to blame
 WINDOW_ROWS = 64  # whose images are in memory
+LONGEST_ERROR = 2000  # characters
 
-# told the rows that come next, and how many are done and failed; may raise `Stopped`
-Step = Callable[[Sequence[int], int, int], None]
+# told the rows that come next, how many are done, and what has failed since it was told before; may raise `Stopped`
+Step = Callable[[Sequence[int], int, Sequence[Failure]], None]
 
 
 class Stopped(Exception):
@@ -105,11 +106,16 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Underway:
-    """How far a worker is with a shard. Counts are of rows; `failed` are among those `done`."""
+    """How far a worker is with a shard.
+
+    Attributes:
+        done: how many rows.
+        failed: those among them that failed, all of this attempt.
+    """
 
     shard: int
     done: int
-    failed: int
+    failed: tuple[Failure, ...]
 
 
 def run_shard(
@@ -131,12 +137,17 @@ def run_shard(
     plan, shard = job.plan, task.shard
     records: dict[int, pa.RecordBatch] = {}
     failures: dict[int, Failure] = {}
+    n_told = 0
 
     def fail(row: Row | Fault, kind: str, error: str) -> None:
-        failures[row.number] = Failure(row.id, row.place, kind, error, task.attempt)
+        shown = error if len(error) <= LONGEST_ERROR else error[: LONGEST_ERROR - 3] + "..."
+        failures[row.number] = Failure(row.id, row.place, kind, shown, task.attempt)
 
     def telling(rows: Sequence[int]) -> None:
-        step(rows, len(records) + len(failures), len(failures))
+        nonlocal n_told
+        fresh = list(islice(failures.values(), n_told, None))
+        n_told = len(failures)
+        step(rows, len(records) + len(failures), fresh)
 
     def explain(rows: Sequence[Ready]) -> list[pa.RecordBatch | Exception]:
         telling([each.row.number for each in rows])
@@ -160,7 +171,9 @@ def run_shard(
                 telling((row.number,))
                 try:
                     ready.append(get_ready(row, job.input_options))
-                except FastattrError as error:
+                except OUT_OF_MEMORY:
+                    raise
+                except Exception as error:  # a decoder may raise anything
                     fail(row, type(error).__name__, str(error))
         for each, record in backing_off(sorted(ready, key=lambda each: each.size), explain):
             if isinstance(record, Exception):

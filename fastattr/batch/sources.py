@@ -1,7 +1,8 @@
 """Rows of Parquet, JSON lines and WebDataset shards: found in one pass before the work, read again where they are explained.
 
-What has no id of its own could not be accounted for, so a file that holds such a row is refused as a whole, before any
-work. Everything else that is wrong with a row is a fault of that row.
+Whatever is wrong with a row is a fault of that row alone: a line that is not JSON, an id that is missing or that an
+earlier row has, a field of a wrong type. A file is refused, before any work, where it cannot be read as what it is, or
+where a field is missing in all of its first rows: that is a field with another name, or a wrong file.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import Any, BinaryIO, Literal
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, islice
+from typing import Any, BinaryIO, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 import numpy as np
@@ -24,27 +26,35 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from fastattr.chat import Chat, Prompt
-from fastattr.errors import DatasetError, FastattrError, ImageError, InputError
+from fastattr.chat import Chat, Prompt, as_chat
+from fastattr.errors import DatasetError, ImageError, InputError
 from fastattr.log.record import check_request_id
-from fastattr.log.requests import prompt_of
+from fastattr.log.requests import pictures_of, prompt_of
+from fastattr.storage import is_litter
 
 Format = Literal["jsonl", "parquet", "tar"]
 
 FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".parquet": "parquet", ".tar": "tar"}
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # suffixes within a WebDataset sample
+# suffixes within a WebDataset sample
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "mp4", "webm", "mkv", "mov", "avi")
 
 _ROWS_AT_ONCE = 64  # of Parquet, decoded together
+_FIRST_ROWS = 1000  # a field that none of them has is missing, or has another name
+_SHOWN_FIELDS = 40
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which field of a row holds what. Read beside them are `images` (a list), `messages` and `response_ids`.
+    """Which field of a row holds what.
+
+    Read beside them are `images` (a list), `messages`, `response_ids`, and `template_options` of the chat template (an
+    object, or its JSON as text).
 
     Attributes:
-        id: a string or a whole number, not twice in all inputs. Of a WebDataset sample its key.
+        id: a string or a whole number, not twice in all inputs: only the first row of an id is explained. Of a WebDataset
+            sample its key.
         image: a path from the input file, a URL that fsspec knows, a `data:` URL, bytes, or a mapping with `bytes`,
-            `base64` or `path`.
+            `base64` or `path`. Left out where the parts of the messages hold their pictures.
         prompt: the user's text.
         response: text or token ids; where it is missing the model answers.
     """
@@ -77,10 +87,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that cannot be read: its number, id and place, and why."""
+    """A row that cannot be read: its number, id and place, and why. The id is None where the row has none of use."""
 
     number: int
-    id: str
+    id: str | None
     place: str
     error: Exception
 
@@ -93,8 +103,10 @@ class Input:
         path: local path or fsspec URL.
         n_rows: that are wanted of it.
         n_bytes: of the file.
-        ids: SHA-256 of all their ids, in order.
+        ids: SHA-256 of all their ids, in order; a row without one counts as an empty id.
         offsets: in bytes, where each shard of it begins; 0 where the format finds rows by number.
+        n_litter: files in it that macOS or Windows left there, which are skipped.
+        repeats: rows whose id an earlier row has, of this or another file, each with the place of that row.
     """
 
     path: str
@@ -102,10 +114,12 @@ class Input:
     n_bytes: int
     ids: str
     offsets: tuple[int, ...]
+    n_litter: int = 0
+    repeats: tuple[tuple[int, str], ...] = ()
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rsplit("/", 1)[-1]
+        return _name(self.path)
 
     def place(self, row: int) -> str:
         """In words; `row` counts from 0."""
@@ -126,7 +140,11 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
         with _reading(name):
             system, path = url_to_fs(name, **_options(name, storage_options))
             if system.isdir(path):
-                inside = sorted(each for each in system.ls(path, detail=False) if _suffix(each) in FORMATS)
+                inside = sorted(
+                    each
+                    for each in system.ls(path, detail=False)
+                    if _suffix(each) in FORMATS and not is_litter(_name(each))
+                )
                 if not inside:
                     raise DatasetError(f"{name!r} holds no file that ends in {', '.join(FORMATS)}")
                 found += [system.unstrip_protocol(each) if "://" in name else each for each in inside]
@@ -144,6 +162,17 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
     return tuple(found)
 
 
+def litter_in_folders(inputs: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> int:
+    """How many files of the inputs' folders `find_inputs` skips, because macOS or Windows left them there."""
+    found = 0
+    for name in inputs:
+        with _reading(name):
+            system, path = url_to_fs(name, **_options(name, storage_options))
+            if system.isdir(path):
+                found += sum(is_litter(_name(each)) for each in system.ls(path, detail=False))
+    return found
+
+
 def scan(
     paths: Sequence[str],
     fields: Fields,
@@ -158,75 +187,150 @@ def scan(
         limit: the first rows only.
 
     Raises:
-        DatasetError: a file cannot be read, a row has no id, or an id is there twice.
+        DatasetError: a file cannot be read, none of its first rows has a field that every row needs, or more than half of
+            all ids are there before.
     """
     inputs: list[Input] = []
-    hashes: list[np.ndarray] = []
+    hashes: list[np.ndarray] = []  # of the ids, 8 bytes a row; 0 for a row without one
     left = limit
     for path in paths:
         if left is not None and left <= 0:
             break
         digest, offsets, ids = hashlib.sha256(), [], []
+        litter: list[str] = []
         with _opened(path, storage_options) as (file, n_bytes):
-            for row, (offset, id) in enumerate(islice(_ids(path, file, fields), left)):
+            entries = _entries(path, file, fields, litter)
+            for row, (offset, id) in enumerate(islice(_checked(path, entries, fields), left)):
                 if row % shard_rows == 0:
                     offsets.append(offset)
-                encoded = id.encode() + b"\0"
+                encoded = (b"" if id is None else id.encode()) + b"\0"
                 digest.update(encoded)
-                ids.append(int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little"))
-        inputs.append(Input(path, len(ids), n_bytes, digest.hexdigest(), tuple(offsets)))
+                hashed = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little")
+                ids.append(0 if id is None else hashed or 1)
+        inputs.append(Input(path, len(ids), n_bytes, digest.hexdigest(), tuple(offsets), len(litter)))
         hashes.append(np.array(ids, np.uint64))
         left = None if left is None else left - len(ids)
     if not any(each.n_rows for each in inputs):
         raise DatasetError(f"there are no rows in {', '.join(repr(each.name) for each in inputs)}")
-    _refuse_duplicates(inputs, np.concatenate(hashes), fields, storage_options)
-    return tuple(inputs)
+    return _with_repeats(inputs, np.concatenate(hashes), fields, storage_options)
 
 
-def _refuse_duplicates(
+def _with_repeats(
     inputs: Sequence[Input], hashes: np.ndarray, fields: Fields, storage_options: Mapping[str, Any] | None
-) -> None:
-    """Eight bytes a row are held in memory; ids whose hashes meet are read once more to be compared themselves."""
-    values, counts = np.unique(hashes, return_counts=True)
-    suspects = set(np.flatnonzero(np.isin(hashes, values[counts > 1])).tolist())
-    if not suspects:
-        return
+) -> tuple[Input, ...]:
+    """The inputs with their `repeats`: rows whose hashes meet are read once more, and their ids compared themselves."""
+    values, counts = np.unique(hashes[hashes > 0], return_counts=True)
+    suspects = np.isin(hashes, values[counts > 1])
+    if not suspects.any():
+        return tuple(inputs)
     seen: dict[str, str] = {}
-    number = 0
+    number = n_repeats = 0
+    found: list[Input] = []
     for each in inputs:
+        repeats = []
         with _opened(each.path, storage_options) as (file, _):
-            for row, (_, id) in enumerate(islice(_ids(each.path, file, fields), each.n_rows)):
-                if number in suspects:
-                    if id in seen:
-                        raise DatasetError(
-                            f"the id {id!r} is there twice: {seen[id]} and {each.place(row)}; ids must be unique in all "
-                            "inputs, so that every result has one row"
-                        )
-                    seen[id] = each.place(row)
+            for row, entry in enumerate(islice(_entries(each.path, file, fields), each.n_rows)):
+                if suspects[number] and isinstance(entry.id, str):
+                    if entry.id in seen:
+                        repeats.append((row, seen[entry.id]))
+                    else:
+                        seen[entry.id] = each.place(row)
                 number += 1
+        n_repeats += len(repeats)
+        if 2 * n_repeats > len(hashes):
+            raise DatasetError(
+                f"more than half of the {len(hashes)} rows have an id that an earlier row has: {each.place(repeats[-1][0])} "
+                f"that of {repeats[-1][1]}; is {fields.id!r} the field that names a row?"
+            )
+        found.append(replace(each, repeats=tuple(repeats)))
+    return tuple(found)
 
 
-def _ids(path: str, file: BinaryIO, fields: Fields) -> Iterator[tuple[int, str]]:
-    """Where each row begins, in bytes or 0, and its id."""
-    name = path.rstrip("/").rsplit("/", 1)[-1]
-    rows: Iterator[tuple[int, Any]]
+class _Broken(NamedTuple):
+    """A row that cannot be read at all, and why."""
+
+    error: DatasetError
+
+
+class _Entry(NamedTuple):
+    """A row as the first pass sees it.
+
+    Attributes:
+        offset: in bytes, where it begins, or 0.
+        id: or what is wrong with it.
+        fields: that it has.
+    """
+
+    offset: int
+    id: str | _Broken
+    fields: Set[str]
+
+
+def _checked(path: str, entries: Iterator[_Entry], fields: Fields) -> Iterator[tuple[int, str | None]]:
+    """Offsets and ids, once the first rows are known to have the fields that every row needs.
+
+    Raises:
+        DatasetError: a field is in none of the first rows.
+    """
+    first = list(islice(entries, _FIRST_ROWS))
+    held = frozenset[str]().union(*(entry.fields for entry in first))
+    if first and not held:
+        reason = next(entry.id.error for entry in first if isinstance(entry.id, _Broken))
+        raise DatasetError(f"none of the first {len(first)} rows of {_name(path)!r} can be read: {reason}")
+    needed = [(fields.id,), (fields.image, "images"), (fields.prompt, "messages")]
+    if fields.response != Fields.response:  # where it is not named, the model may be meant to answer
+        needed.append((fields.response, "response_ids"))
+    for names in needed if first else ():
+        if names == (fields.image, "images") and "messages" in held:  # whose parts may hold them
+            continue
+        if held.isdisjoint(names):
+            raise DatasetError(
+                f"none of the first {len(first)} rows of {_name(path)!r} has {' or '.join(map(repr, names))}; they have "
+                f"{', '.join(sorted(held)[:_SHOWN_FIELDS])}. Name the right one"
+            )
+    for entry in chain(first, entries):
+        yield entry.offset, None if isinstance(entry.id, _Broken) else entry.id
+
+
+def _entries(path: str, file: BinaryIO, fields: Fields, litter: list[str] | None = None) -> Iterator[_Entry]:
+    """Every row of a file; the names of skipped files are added to `litter`."""
+    name = _name(path)
+    rows: Iterator[tuple[int, Any, Set[str]]]
     if _format(path) == "jsonl":
-        rows = ((offset, values.get(fields.id)) for offset, values in _json_rows(name, file, 0))
+        rows = (
+            (offset, values if isinstance(values, _Broken) else values.get(fields.id), _keys(values))
+            for offset, values in _json_rows(name, file, 0)
+        )
     elif _format(path) == "parquet":
         rows = _parquet_ids(file, fields.id)
     else:
-        rows = ((members[0].offset, key) for key, members in _samples(file))
-    for row, (offset, id) in enumerate(rows):
-        yield offset, _check_id(id, fields.id, _place(name, row))
+        rows = ((members[0].offset, key, _parts(members, fields)) for key, members in _samples(file, litter))
+    for row, (offset, id, held) in enumerate(rows):
+        yield _Entry(offset, id if isinstance(id, _Broken) else _check_id(id, fields.id, _place(name, row)), held)
 
 
-def _check_id(id: Any, field: str, place: str) -> str:
+def _keys(values: Mapping[str, Any] | _Broken) -> Set[str]:
+    return frozenset() if isinstance(values, _Broken) else values.keys()
+
+
+def _parts(members: Sequence[tarfile.TarInfo], fields: Fields) -> Set[str]:
+    """Which fields the files of a sample are; a JSON file may hold any."""
+    parts = {_key(member.name)[1].lower() for member in members}
+    held = {fields.id, *(part.removesuffix(".txt") for part in parts)}
+    if "json" in parts:
+        held |= {fields.image, fields.prompt, fields.response}
+    if any(part.rsplit(".", 1)[-1] in PICTURES for part in parts):
+        held.add("images")
+    return held
+
+
+def _check_id(id: Any, field: str, place: str) -> str | _Broken:
     if isinstance(id, bool) or not isinstance(id, str | int) or id == "":
-        raise DatasetError(f"{place} has {id!r} as its {field!r}, expected a string or a whole number")
+        return _Broken(DatasetError(f"{place} has {_short(id)} as its {field!r}, expected a string or a whole number"))
     try:
         return check_request_id(str(id))
-    except InputError as error:
-        raise DatasetError(f"{place}: {error}") from error
+    except (InputError, ValueError) as error:  # a ValueError where a number has thousands of digits
+        return _Broken(DatasetError(f"{place}: {error}"))
 
 
 # --- at work: the rows of a shard ------------------------------------------------------------------
@@ -251,8 +355,9 @@ def read_rows(
         DatasetError: the file cannot be read, or is not the one that was scanned.
     """
     n = stop - start
+    repeats = dict(source.repeats)
     with _opened(source.path, storage_options) as (file, _):
-        raw: Iterator[Mapping[str, Any]]
+        raw: Iterator[Mapping[str, Any] | _Broken]
         if _format(source.path) == "jsonl":
             file.seek(offset)
             raw = (values for _, values in _json_rows(source.name, file, start))
@@ -263,13 +368,22 @@ def read_rows(
             raw = _sample_rows(file, fields)
         count = 0
         for count, values in enumerate(islice(raw, n), start=1):
-            number, place = first + count - 1, source.place(start + count - 1)
+            row, number, place = start + count - 1, first + count - 1, source.place(start + count - 1)
+            if isinstance(values, _Broken):
+                yield Fault(number, None, place, values.error)
+                continue
             id = _check_id(values.get(fields.id), fields.id, place)
+            if isinstance(id, _Broken):
+                yield Fault(number, None, place, id.error)
+                continue
+            if row in repeats:
+                yield Fault(number, id, place, DatasetError(f"the id {id!r} is that of {repeats[row]} already"))
+                continue
             try:
-                if isinstance(values.get("json"), bytes):
-                    values = {**_json_part(values["json"]), **values}
+                if _format(source.path) == "tar":
+                    values = _read_parts(values, ("json", fields.prompt, fields.response))
                 yield to_row(values, fields, number=number, id=id, place=place, base=_folder(source.path))
-            except FastattrError as error:
+            except Exception as error:  # a field may hold anything, however deep and large
                 yield Fault(number, id, place, error)
         if count < n:
             raise DatasetError(
@@ -287,12 +401,14 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         InputError: a field is missing, there twice under two names, or of a wrong type; the message names it.
     """
     image, images = values.get(fields.image), values.get("images")
+    prompt, messages = values.get(fields.prompt), values.get("messages")
+    if image is None and images is None and messages is not None:
+        images = pictures_of(list(messages)) or None
     if (image is None) == (images is None):
         raise InputError(_choice(values, fields.image, "images"))
     if images is not None and (not isinstance(images, list | tuple | np.ndarray) or len(images) == 0):
         raise InputError(f"images is {_short(images)}, expected a list of at least one")
     pictures = tuple(_image(each, base) for each in ([image] if images is None else images))
-    prompt, messages = values.get(fields.prompt), values.get("messages")
     if (prompt is None) == (messages is None):
         raise InputError(_choice(values, fields.prompt, "messages"))
     if messages is not None:
@@ -301,11 +417,26 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         prompt = prompt_of(list(messages))
     if not isinstance(prompt, str | Chat):
         raise InputError(f"{fields.prompt} is {_short(prompt)}, expected text")
+    options = _template_options(values.get("template_options"))
+    if options:
+        prompt = replace(as_chat(prompt, len(pictures)), template_options=options)
     if isinstance(prompt, Chat) and prompt.n_pictures != len(pictures):
         raise InputError(
             f"messages holds {prompt.n_pictures} image parts for {len(pictures)} images, expected one each, in their order"
         )
     return Row(number, id, place, pictures, prompt, _response(values, fields))
+
+
+def _template_options(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"template_options is {_short(value)}, which is no JSON: {error}") from error
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"template_options is {_short(value)}, expected an object")
+    # a column of structs names every option in every row
+    return {name: each for name, each in (value or {}).items() if each is not None}
 
 
 def read_image(image: bytes | str, storage_options: Mapping[str, Any] | None = None) -> bytes:
@@ -334,6 +465,8 @@ def _image(value: Any, base: str) -> bytes | str:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(f"the image is {_short(value)}, expected a path, a URL or bytes")
+    if value.startswith("file://"):  # as parts of messages name files
+        value = unquote(urlsplit(value).path)
     if value.startswith("data:"):
         head, comma, body = value.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -377,37 +510,63 @@ def _choice(values: Mapping[str, Any], one: str, other: str) -> str:
 # --- the formats -----------------------------------------------------------------------------------
 
 
-def _json_rows(name: str, file: BinaryIO, row: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Every line from here on with the bytes before it; `row` is the number of the first."""
+def _json_rows(name: str, file: BinaryIO, row: int) -> Iterator[tuple[int, Mapping[str, Any] | _Broken]]:
+    """Every line from here on with the bytes before it; `row` is the number of the first. Empty lines at the end are none."""
     offset = file.tell()
+    empty: list[int] = []  # their offsets, until another line follows
     for line in file:
+        begin, offset = offset, offset + len(line)
         if not line.strip():
-            if file.read().strip():
-                raise DatasetError(f"{_place(name, row)} is empty, expected a JSON object on every line")
-            return
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DatasetError(f"{_place(name, row)} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise DatasetError(f"{_place(name, row)} is a {type(values).__name__}, expected a JSON object")
-        yield offset, values
-        offset += len(line)
+            empty.append(begin)
+            continue
+        for at in empty:
+            yield at, _Broken(DatasetError(f"{_place(name, row)} is empty, expected a JSON object on every line"))
+            row += 1
+        empty.clear()
+        yield begin, _json_object(line, _place(name, row))
         row += 1
 
 
-def _parquet_ids(file: BinaryIO, field: str) -> Iterator[tuple[int, Any]]:
+def _json_object(line: bytes, place: str) -> Mapping[str, Any] | _Broken:
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        return _Broken(DatasetError(f"{place} is not JSON: {error}"))
+    if not isinstance(values, dict):
+        return _Broken(DatasetError(f"{place} is a {type(values).__name__}, expected a JSON object"))
+    return values
+
+
+def _parquet_ids(file: BinaryIO, field: str) -> Iterator[tuple[int, Any, Set[str]]]:
     table = pq.ParquetFile(file)
-    if field not in table.schema_arrow.names:
+    held = frozenset(table.schema_arrow.names)
+    if field not in held:
         raise DatasetError(f"there is no column {field!r} in it, but {', '.join(table.schema_arrow.names)}")
     for batch in table.iter_batches(columns=[field]):
-        for id in batch.column(0).to_pylist():
-            yield 0, id
+        for values in _plain_rows(batch):
+            yield 0, values if isinstance(values, _Broken) else values[field], held
 
 
-def _parquet_rows(file: BinaryIO, start: int, stop: int, fields: Fields) -> Iterator[Mapping[str, Any]]:
+def _plain_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | _Broken]:
+    """Rows as Python has them; one that cannot be said in Python, such as text that is not UTF-8, spoils no other."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError, pa.ArrowException):
+        pass
+    for row in range(batch.num_rows):
+        try:
+            (values,) = batch.slice(row, 1).to_pylist()
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            yield _Broken(DatasetError(f"a value of the row cannot be read: {error}"))
+        else:
+            yield values
+
+
+def _parquet_rows(file: BinaryIO, start: int, stop: int, fields: Fields) -> Iterator[Mapping[str, Any] | _Broken]:
     table = pq.ParquetFile(file)
-    wanted = {fields.id, fields.image, "images", fields.prompt, "messages", fields.response, "response_ids"}
+    beside = {"images", "messages", "response_ids", "template_options"}
+    wanted = {fields.id, fields.image, fields.prompt, fields.response, *beside}
     columns = [name for name in table.schema_arrow.names if name in wanted]
     groups: list[int] = []
     begin = skipped = 0
@@ -422,14 +581,20 @@ def _parquet_rows(file: BinaryIO, start: int, stop: int, fields: Fields) -> Iter
     for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=columns):
         end = position + batch.num_rows
         if end > 0:
-            yield from batch.slice(max(0, -position)).to_pylist()
+            yield from _plain_rows(batch.slice(max(0, -position)))
         position = end
 
 
-def _samples(file: BinaryIO) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+def _samples(file: BinaryIO, litter: list[str] | None = None) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """Neighbouring files of one key, as WebDataset has it: the path up to the first dot of its last part."""
+
+    def is_wanted(member: tarfile.TarInfo) -> bool:
+        if member.isfile() and is_litter(member.name) and litter is not None:
+            litter.append(member.name)
+        return member.isfile() and not is_litter(member.name)
+
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        files = (member for member in tar if member.isfile())
+        files = filter(is_wanted, tar)
         for key, members in groupby(files, lambda member: _key(member.name)[0]):
             yield key, list(members)
 
@@ -446,20 +611,30 @@ def _sample_rows(file: BinaryIO, fields: Fields) -> Iterator[Mapping[str, Any]]:
             elif part == "json":
                 values[part] = data  # is read where a fault of it is the row's
             elif part.removesuffix(".txt") in (fields.prompt, fields.response):
-                values[part.removesuffix(".txt")] = data.decode("utf-8", "replace")
+                values[part.removesuffix(".txt")] = data
         if pictures:
             values |= {"images": [pictures[part] for part in sorted(pictures)], fields.image: None}
         yield {**values, fields.id: key}
 
 
-def _json_part(data: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the json of the sample cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"the json of the sample is a {type(values).__name__}, expected an object")
-    return values
+def _read_parts(values: Mapping[str, Any], parts: Sequence[str]) -> Mapping[str, Any]:
+    """A sample with the text of these files in place of their bytes, and what its JSON holds. Raises `InputError`."""
+    texts: dict[str, str] = {}
+    held: Any = {}
+    for part in parts:
+        if not isinstance(values.get(part), bytes):
+            continue
+        try:
+            text = values[part].decode("utf-8-sig")
+            if part == "json":
+                held = json.loads(text)
+            else:
+                texts[part] = text.rstrip("\r\n")  # editors end the last line
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the {part} of the sample cannot be read: {error}") from error
+    if not isinstance(held, dict):
+        raise InputError(f"the json of the sample is a {type(held).__name__}, expected an object")
+    return {**held, **values, **texts}
 
 
 def _read_member(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
@@ -517,8 +692,12 @@ def _format(path: str) -> Format:
 
 
 def _suffix(path: str) -> str:
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+    name = _name(path)
     return f".{name.rsplit('.', 1)[-1].lower()}" if "." in name else ""
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _folder(path: str) -> str:

@@ -12,19 +12,21 @@ import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from tqdm import tqdm
 
 import fastattr
-from fastattr.chat import Messages
 from fastattr.cli import batch, log, worker
+from fastattr.cli.loading import Device, Dtype, DtypeName, choose_device, load_model
 from fastattr.cli.output import (
     SCALES_HELP,
     Json,
-    check_suffix,
+    check_output,
     chosen_config,
     print_attributions,
     print_table,
@@ -33,12 +35,16 @@ from fastattr.cli.output import (
     where,
     write,
 )
-from fastattr.config import method_of, name_of
-from fastattr.errors import FastattrError, InputError
-from fastattr.streaming import check_streamable
+from fastattr.errors import FastattrError, InputError, how_to_install
+
+if TYPE_CHECKING:
+    from fastattr.adapters import Model
+    from fastattr.chat import Messages
+
+DEFAULT_PROMPT = "Describe the image."
+DEMO_METHODS = ("best", "arc", "tam", "lens")
 
 app = typer.Typer(
-    help="See why a multimodal LLM said each word.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,6 +70,21 @@ class ExampleName(str, Enum):
     clip = "clip"
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fastattr {version('fastattr')}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastattr_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """See why a multimodal LLM said each word."""
+
+
 @app.command()
 def demo(
     example: Annotated[
@@ -74,9 +95,12 @@ def demo(
         int | None, typer.Option(help="Which scenes; seeds from 10000000 on were never trained on.")
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the report when done.")] = True,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Explain drawn scenes with the bundled model, offline, by best, arc, tam and lens."""
+    """Explain drawn scenes with the bundled model, offline."""
+    check_output(out, len(DEMO_METHODS))
+    from fastattr.config import method_of
     from fastattr.demo.examples import EXAMPLES
 
     make = EXAMPLES[example.value]
@@ -86,7 +110,8 @@ def demo(
         prompt=shown.prompt,
         response=None,
         model_name="shapes",
-        configs=[method_of(name) for name in ("best", "arc", "tam", "lens")],
+        device=device,
+        configs=[method_of(name) for name in DEMO_METHODS],
         out=out,
         max_new_tokens=128,
         as_json=as_json,
@@ -98,15 +123,23 @@ def demo(
 def explain(
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Pictures; a folder is a video, its files by number the frames.", metavar="IMAGE..."),
+        typer.Argument(
+            help="Pictures or videos (mp4, webm, ...); a folder is a video, its files by number the frames.",
+            metavar="IMAGE...",
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask; by default 'Describe the image.'")] = None,
     messages: Annotated[
         Path | None,
-        typer.Option(help="A conversation instead of --prompt: JSON, a list of messages; its parts may hold paths."),
+        typer.Option(
+            help="A conversation instead of --prompt: JSON, a list of messages, or an object with messages, tools and "
+            "template_options; parts may hold paths."
+        ),
     ] = None,
     response: Annotated[str | None, typer.Option(help="The answer to explain; the model answers if not given.")] = None,
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
+    device: Device = None,
+    dtype: Dtype = DtypeName.auto,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,20 +162,22 @@ def explain(
     if not images and messages is None:
         raise InputError("got no image, expected IMAGE... or --messages whose parts hold them")
     shown = [_frames(path) if path.is_dir() else path for path in images] if images else None
-    asked = (prompt or "Describe the image.") if messages is None else _read_messages(messages)
+    asked = _read_messages(messages) if messages is not None else DEFAULT_PROMPT if prompt is None else prompt
     configs = [chosen_config(name, scales, {"backend": backend.value}) for name in method or ["arc"]]
     if live:
         if response is not None or len(method or ()) > 1:
             raise InputError(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
-        _explain_live(shown, asked, model, configs[0], out, max_new_tokens, as_json)
+        _explain_live(shown, asked, model, device, dtype, configs[0], out, max_new_tokens, as_json)
         return
     _explain(
         images=shown,
         prompt=asked,
         response=response,
         model_name=model,
+        device=device,
+        dtype=dtype,
         configs=configs,
         out=out,
         max_new_tokens=max_new_tokens,
@@ -158,6 +193,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print a saved attribution, or turn it into a report."""
+    if out is not None:
+        check_output(out)
     why = fastattr.Attribution.load(path)
     if out is not None:
         write([why], out)
@@ -181,6 +218,8 @@ def models(as_json: Json = False) -> None:
 def evaluate(
     dataset: Annotated[str, typer.Argument(help="Bundled scenes by name, a folder, or a COCO instances file.")],
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
+    device: Device = None,
+    dtype: Dtype = DtypeName.auto,
     methods: Annotated[
         str, typer.Option(help="Comma-separated; with scales of their own as in tam@1+1.5+2.")
     ] = "lens,tam,arc,best",
@@ -199,26 +238,36 @@ def evaluate(
         Path | None, typer.Option(help="Also write where low evidence begins, for words like these.")
     ] = None,
 ) -> None:
-    """Judge maps and evidence on a dataset: masks, hidden patches, inventions."""
+    """Judge maps and evidence on a dataset."""
+    from fastattr.adapters import hide_loading_bars
+    from fastattr.config import method_of
     from fastattr.evaluate import Settings, Task, run, summary
 
+    if plots:
+        from fastattr.evaluate.plots import draw
+    if calibration is not None:
+        from fastattr.storage import check_writable, write_calibration
+
+        check_writable(calibration)
+    if prompt is not None and not prompt.strip():
+        raise InputError(f"--prompt is {prompt!r}, expected some text; leave it out for the dataset's own question")
     chosen = {name.strip(): method_of(name.strip()) for name in methods.split(",") if name.strip()}
     if not chosen:
         raise InputError(f"--methods is {methods!r}, expected at least one name, for example 'tam,arc'")
     settings = Settings(chosen, words=words, steps=steps, fill=fill.value, seed=seed)
-    results = run(Task(dataset, model, n, prompt, settings), out, workers=workers or _cores())
+    device = choose_device(device)
+    task = Task(dataset, model, n, prompt, settings, device, dtype.value)
+    hide_loading_bars()
+    results = run(task, out, workers=workers or _workers(device))
     print(summary(results))
     print(f"\n{out.resolve()}")
     if not results.judged:
         raise typer.Exit(1)
     if plots:
-        from fastattr.evaluate.plots import draw
-
         for path in draw(results, out):
             print(path.resolve())
     if calibration is not None:
         from fastattr.evaluate.tables import calibration_of
-        from fastattr.storage import write_calibration
 
         write_calibration(calibration_of(results), calibration)
         print(calibration.resolve())
@@ -230,13 +279,18 @@ def bench(
     plots: Annotated[Path, typer.Option(help="The folder to draw the plots in.")] = Path("fastattr-bench"),
     smoke: Annotated[bool, typer.Option("--smoke", help="Small sizes only: does it run?")] = False,
 ) -> None:
-    """Measure time and memory on this machine, against the naive implementation."""
+    """Measure time and memory on this machine."""
     checkout = Path(fastattr.__file__).parent.parent
     if not (checkout / "benchmarks" / "suite.py").is_file():
         raise InputError(
             f"the benchmarks are not in {str(checkout)!r}; they come with the source: clone the repository, "
-            "pip install -e '.[bench]', and run fastattr bench again"
+            'pip install -e ".[bench]", and run fastattr bench again'
         )
+    if find_spec("matplotlib") is None:  # found out before the hours that its plots come after
+        raise InputError(f"fastattr bench draws with matplotlib; {how_to_install('bench')}")
+    from fastattr.storage import check_writable
+
+    check_writable(out)
     options = ["--out", str(out.resolve()), "--plots", str(plots.resolve()), *(["--smoke"] if smoke else [])]
     ran = subprocess.run([sys.executable, "-m", "benchmarks.suite", *options], cwd=checkout, check=False)
     raise typer.Exit(ran.returncode)
@@ -252,20 +306,24 @@ app.command()(batch.batch)
 def _explain(
     *,
     images: Sequence[Any] | None,
-    prompt: str | Messages,
+    prompt: str | Messages | fastattr.Chat,
     response: str | None,
     model_name: str,
+    device: str | None,
     configs: Sequence[fastattr.AttributionConfig],
     out: Path,
     max_new_tokens: int,
     as_json: bool,
     open_browser: bool,
+    dtype: DtypeName = DtypeName.auto,
 ) -> None:
-    check_suffix(out)
+    from fastattr.config import name_of
+
+    check_output(out, len(configs))
+    device = _check_request(images, prompt, response, device)
     explained: list[fastattr.Attribution] = []
     with tqdm(total=len(configs) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
-        _say(progress, f"loading {model_name}")
-        model = fastattr.load(model_name)
+        model = _load(model_name, device, dtype, progress)
         progress.update()
         answer: Any = response
         for config in configs:
@@ -282,18 +340,23 @@ def _explain(
 
 def _explain_live(
     images: Sequence[Any] | None,
-    prompt: str | Messages,
+    prompt: str | Messages | fastattr.Chat,
     model_name: str,
+    device: str | None,
+    dtype: DtypeName,
     config: fastattr.AttributionConfig,
     out: Path,
     max_new_tokens: int,
     as_json: bool,
 ) -> None:
     """Print a line a token; the file and, with JSON, the whole come at the end."""
-    check_suffix(out)
+    from fastattr.streaming import check_streamable
+
+    check_output(out)
     check_streamable(config)
-    print(f"loading {model_name}", file=sys.stderr, flush=True)
-    model = fastattr.load(model_name)
+    device = _check_request(images, prompt, None, device)
+    with tqdm(disable=True) as progress:  # the tokens are the progress
+        model = _load(model_name, device, dtype, progress)
     streaming = fastattr.stream(model, images, prompt, config=config, max_new_tokens=max_new_tokens)
     if not as_json:
         print(shown_by([config]))
@@ -311,12 +374,36 @@ def _explain_live(
         print(f"\n{printable(why.response)}\n\n{out.resolve()}")
 
 
+def _check_request(
+    images: Sequence[Any] | None, prompt: str | Messages | fastattr.Chat, response: str | None, device: str | None
+) -> str:
+    """Find what is wrong with a request before a model is loaded for it; returns the device. Raises `InputError`."""
+    from fastattr.chat import as_chat, read_prompt
+
+    visuals, asked = read_prompt(images, prompt)
+    as_chat(asked, len(visuals))
+    if response is not None and not response.strip():
+        raise InputError(f"--response is {response!r}, expected some text; leave it out and the model answers")
+    return choose_device(device)
+
+
+def _load(name: str, device: str, dtype: DtypeName, progress: Any) -> Model:
+    _say(progress, f"loading {name} on {device}")
+    return load_model(name, device, dtype)
+
+
 _PARTS = re.compile(r"(\d+)")  # text and numbers in turn, so that frame 10 comes behind frame 9
 
 
 def _frames(folder: Path) -> list[Path]:
     """The frames of a video that lies in a folder, by the numbers and names of their files."""
-    frames = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    from fastattr.storage import is_litter
+
+    files = [path for path in folder.iterdir() if path.is_file()]
+    frames = [path for path in files if not is_litter(path.name) and not path.name.startswith(".")]
+    if len(frames) < len(files):
+        hidden = len(files) - len(frames)
+        print(f"{str(folder)!r}: {hidden} hidden files or files of macOS or Windows were skipped", file=sys.stderr)
     if not frames:
         raise InputError(
             f"the folder {str(folder)!r} holds no files, expected the frames of a video, numbered or named in order"
@@ -326,21 +413,27 @@ def _frames(folder: Path) -> list[Path]:
     )
 
 
-def _read_messages(path: Path) -> Messages:
+def _read_messages(path: Path) -> Messages | fastattr.Chat:
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a conversation in JSON: {error}") from error
+    if isinstance(messages, dict):
+        unknown = sorted(set(messages) - {"messages", "tools", "template_options"})
+        if unknown or "messages" not in messages:
+            raise InputError(
+                f"{str(path)!r} holds {', '.join(messages) or 'nothing'}, expected messages, and tools and "
+                "template_options where there are some"
+            )
+        return fastattr.Chat(**messages)
     if not isinstance(messages, list):
         raise InputError(f"{str(path)!r} holds {type(messages).__name__}, expected a list of messages")
     return messages
 
 
-def _cores() -> int:
+def _workers(device: str) -> int:
     """One process for each core this one may use; one where a GPU does the work."""
-    import torch
-
-    if torch.cuda.is_available():
+    if device != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -355,9 +448,6 @@ def _say(progress: Any, text: str) -> None:
 
 def main() -> None:
     """Run the command line; errors of our own tree are one line on stderr and exit code 2."""
-    from fastattr.adapters import hide_loading_bars
-
-    hide_loading_bars()
     try:
         app()
     except FastattrError as error:

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
-from fastattr.cli.output import SCALES_HELP, chosen_config
-from fastattr.errors import InputError
+from fastattr.cli.output import SCALES_HELP, chosen_config, printable
+from fastattr.errors import InputError, how_to_install
 
 if TYPE_CHECKING:
     from fastattr.batch import Progress, Summary
 
+SHOWN_REASONS = 5
+LONGEST_REASON = 300  # characters
 LINE_EVERY_S = 10.0  # where there is no terminal
 
 
@@ -76,7 +78,10 @@ def batch(
     ray_gpus: Annotated[float, typer.Option(min=0.0, help="GPUs of a Ray worker.")] = 0.0,
     json_progress: Annotated[bool, typer.Option("--json-progress", help="Progress and summary as JSON lines.")] = False,
 ) -> None:
-    """Explain every row of a data set into a log that fastattr log reads; run it again to go on."""
+    """Explain every row of a data set into a log.
+
+    fastattr log reads it. Run the same command again to go on after an interruption.
+    """
     attribution = chosen_config(method, scales, {"evidence": evidence})
     engine, run, fields = _imports(ray)
     if ray is None:
@@ -125,7 +130,7 @@ def _imports(ray: str | None) -> tuple[Any, Any, Any]:
         return ray_engine.run, run, Fields
     except ImportError as error:
         extra = "ray" if ray is not None and (error.name or "").startswith("ray") else "log"
-        raise InputError(f"fastattr batch needs more packages ({error}); pip install 'fastattr[{extra}]'") from error
+        raise InputError(f"fastattr batch needs more packages ({error}); {how_to_install(extra)}") from error
 
 
 @contextmanager
@@ -190,14 +195,32 @@ def _words(summary: Summary, out: str, took_s: float, max_error_rate: float) -> 
         lines.append(f"{summary.earlier} rows were done before")
     if worked:
         lines.append(f"{worked} rows in {took_s:.0f} s, {worked / took_s:.2f} a second")
+    if summary.litter:
+        lines.append(
+            f"{summary.litter} files of macOS or Windows in the inputs were skipped (._*, .DS_Store, Thumbs.db)"
+        )
     lines.append(
-        f"{summary.written} written, {summary.failed} failed" + (f", see {out}/failed" if summary.failed else "")
+        f"{summary.total} rows: {summary.written} written, {summary.failed} failed, {summary.left} left"
+        + (f"; see {out}/failed" if summary.failed else "")
     )
+    for reason in summary.reasons[:SHOWN_REASONS]:
+        example = reason.example
+        named = example.row if example.id is None else f"id {example.id!r}, {example.row}"
+        lines.append(
+            printable(f"  {reason.count} x {example.error_type}: {_short(example.error)} ({named})", lines=False)
+        )
+    if len(summary.reasons) > SHOWN_REASONS:
+        rest = sum(reason.count for reason in summary.reasons[SHOWN_REASONS:])
+        lines.append(f"  {rest} for {len(summary.reasons) - SHOWN_REASONS} other reasons")
     if summary.outcome == "too_many_failures":
         lines.append(
-            f"GIVEN UP: more than {max_error_rate:.1%} of the rows fail. What is written stays; look into the reasons, or "
-            "raise --max-error-rate and run the same command again"
+            f"GIVEN UP: more than {max_error_rate:.1%} of the rows fail. What is written stays; mend what the reasons name, or "
+            "raise --max-error-rate, and run the same command again"
         )
     elif summary.outcome == "stopped":
         lines.append(f"stopped with {summary.left} rows left; run the same command again to go on")
     return lines
+
+
+def _short(error: str) -> str:
+    return error if len(error) <= LONGEST_REASON else error[: LONGEST_REASON - 3] + "..."

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastattr.cli.output import Json, as_dict, check_suffix, print_attributions, print_table, printable, write
-from fastattr.errors import InputError
+from fastattr.cli.output import Json, as_dict, check_output, print_attributions, print_table, printable, write
+from fastattr.errors import InputError, how_to_install
 
 app = typer.Typer(help="Look at what a logger wrote.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -78,7 +78,7 @@ def show(
     with extras():
         from fastattr.log import reading
     if out is not None:
-        check_suffix(out)
+        check_output(out)
     log = reading.open_log(dest)
     same = reading.summaries(log, reading.Filters(request_id=identity), limit=None)  # newest first
     record = next(reading.read(log, record_id=identity), None)
@@ -145,6 +145,12 @@ def export(
     chosen = format or by_suffix.get(out.suffix)
     if chosen is None:
         raise InputError(f"{str(out)!r} ends in {out.suffix!r}, expected .jsonl or .parquet; or say --format")
+    if chosen is not FormatName.html:
+        from fastattr.storage import check_writable
+
+        check_writable(out)
+    elif out.exists() and not out.is_dir():
+        raise InputError(f"{str(out)!r} is a file, expected a folder for the reports; choose another, or delete it")
     n = reading.export(dest, out, chosen.value, where=where)
     print(f"{n} record{'' if n == 1 else 's'} in {out.resolve()}")
 
@@ -184,7 +190,7 @@ def extras() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise InputError(f"fastattr log needs more packages ({error}); pip install 'fastattr[log]'") from error
+        raise InputError(f"fastattr log needs more packages ({error}); {how_to_install('log')}") from error
 
 
 def _when(option: str, text: str | None) -> datetime | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
 import fastattr
-from fastattr.config import ConfigChanges, configure, name_of
 from fastattr.errors import InputError, SaveError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastattr.config import ConfigChanges
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 SCALES_HELP = (
@@ -52,17 +55,13 @@ def _cell(value: object, widest: int) -> str:
 
 
 def write(explained: list[fastattr.Attribution], out: Path) -> None:
-    """Write attributions of one response in the format of the suffix."""
+    """Write attributions of one response in the format of the suffix, see `check_output`."""
     from fastattr.storage import whole_file
 
-    check_suffix(out)
-    first, others = explained[0], explained[1:]
+    first, *others = explained
     if out.suffix == ".html":
         first.to_html(out, others=others)
-        return
-    if others:
-        raise InputError(f"{str(out)!r} holds one method; got {len(explained)}. Only .html shows several")
-    if out.suffix == ".safetensors":
+    elif out.suffix == ".safetensors":
         first.save(out)
     elif out.suffix == ".png":
         first.to_png(out)
@@ -71,13 +70,21 @@ def write(explained: list[fastattr.Attribution], out: Path) -> None:
             file.write(json.dumps(as_dict(first, maps=True)).encode())
 
 
-def check_suffix(out: Path) -> None:
+def check_output(out: Path, n_methods: int = 1) -> None:
+    """Find out before the work whether `write` can write so many attributions there. Raises `InputError`, `SaveError`."""
+    from fastattr.storage import check_writable
+
     if out.suffix not in (".html", ".safetensors", ".png", ".json"):
         raise SaveError(f"{str(out)!r} ends in {out.suffix!r}, expected .html, .safetensors, .png or .json")
+    if n_methods > 1 and out.suffix != ".html":
+        raise InputError(f"{str(out)!r} holds one method; got {n_methods}. Only .html shows several")
+    check_writable(out)
 
 
 def as_dict(why: fastattr.Attribution, *, maps: bool) -> dict[str, Any]:
     """Plain values for JSON; maps as nested lists `[target][t][h][w]` for each image if wanted."""
+    from fastattr.config import name_of
+
     evidence = None if why.evidence is None else why.evidence.tolist()
     descriptors = why.descriptors
     tokens = [
@@ -140,6 +147,8 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
 
 def shown_by(configs: Sequence[fastattr.AttributionConfig]) -> str:
     """Which configuration is printed, and which others the report holds."""
+    from fastattr.config import name_of
+
     first, *others = (name_of(config) for config in configs)
     return f"method: {first}" + (f"; beside it in the report: {', '.join(others)}" if others else "")
 
@@ -169,6 +178,8 @@ def chosen_config(method: str, scales: str | None, changes: ConfigChanges) -> fa
     Raises:
         InputError: one of them cannot be read, or both name scales.
     """
+    from fastattr.config import configure
+
     if scales is not None:
         changes = {**changes, "scales": None if scales == "own" else _parse_scales(scales)}
     return configure(method, changes)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-import fastattr
+from fastattr.cli.loading import Device, Dtype, DtypeName, choose_device, load_model
 from fastattr.cli.log import extras
 from fastattr.errors import InputError
 
@@ -19,12 +19,17 @@ from fastattr.errors import InputError
 def worker(
     spool: Annotated[Path, typer.Argument(help="The spool of the loggers, by default DIR/spool.", metavar="SPOOL")],
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
+    device: Device = None,
+    dtype: Dtype = DtypeName.auto,
     config: Annotated[
         Path | None, typer.Option(help="The logger's options as JSON, where it takes secrets or a moved spool.")
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop when nothing waits.")] = False,
 ) -> None:
-    """Explain the responses that wait in a spool; SIGTERM or Ctrl-C ends it cleanly."""
+    """Explain responses that wait in a spool.
+
+    SIGTERM or Ctrl-C ends it cleanly.
+    """
     with extras():
         from fastattr.log import LogConfig, inbox
         from fastattr.log.worker import work
@@ -33,13 +38,14 @@ def worker(
     else:
         try:
             options = LogConfig.from_mapping({**json.loads(config.read_text(encoding="utf-8")), "spool": str(spool)})
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # a TypeError where the JSON is not a mapping
             raise InputError(f"{str(config)!r} cannot be read as options of a logger: {error}") from error
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    _say(f"loading {model}")
-    loaded = fastattr.load(model)
+    device = choose_device(device)
+    _say(f"loading {model} on {device}")
+    loaded = load_model(model, device, dtype)
     _say(f"explaining what waits in {spool}")
     stats = work(options, loaded, stop=stop, until_empty=once, said=_say)
     failed = ", ".join(f"{n} {reason}" for reason, n in stats.failed.items())

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastattr.datasets.files import check_size, inside, read_json, read_picture
+from fastattr.datasets.files import check_size, digest, inside, read_json, read_picture
 from fastattr.datasets.sample import Dataset, Sample
 from fastattr.datasets.tam import CAPTION_PROMPT
 from fastattr.datasets.words import function_spans, noun_mentions
-from fastattr.errors import DatasetError
+from fastattr.errors import DatasetError, how_to_install
 
 INSTANCES = "annotations/instances_*.json"
 
@@ -74,7 +74,13 @@ def open_coco(path: Path, prompt: str | None = None) -> Dataset:
             masks[name] = drawn if before is None else before | drawn
         return Sample(id, image, prompt or CAPTION_PROMPT, None, partial(noun_mentions, masks=masks), function_spans)
 
-    return Dataset(f"{root.resolve().name} {split}", tuple(entries), read)
+    def content(id: str) -> str:
+        entry = entries[id]
+        # a path that leads out of the folder is refused by read: here it is only a name
+        picture = pictures / str(entry["file_name"])
+        return digest([picture], entry, instances.get(id, ()), categories, prompt or CAPTION_PROMPT)
+
+    return Dataset(f"{root.resolve().name} {split}", tuple(entries), read, content=content)
 
 
 def _choose(folder: Path) -> Path:
@@ -165,7 +171,5 @@ def _masks() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise DatasetError(
-            'to draw the masks of COCO fastattr needs pycocotools: pip install "fastattr[eval]"'
-        ) from error
+        raise DatasetError(f"to draw the masks of COCO fastattr needs pycocotools; {how_to_install('eval')}") from error
     return mask

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastattr.decoding import decoder_errors, open_picture, turn_upright
 from fastattr.errors import DatasetError, ImageError
 from fastattr.images import read_image
 
@@ -26,6 +28,18 @@ def read_json(path: Path) -> Any:
         raise DatasetError(f"{str(path)!r} cannot be read: {error}") from error
 
 
+def digest(files: Iterable[Path], *values: Any) -> str:
+    """16 hex digits of the names and contents of files, and of values as JSON. A missing file counts as such."""
+    found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for path in files:
+        try:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        except (OSError, ValueError):  # a ValueError where the name cannot be a path
+            content = "missing"
+        found.update(json.dumps([path.name, content]).encode())
+    return found.hexdigest()[:16]
+
+
 def read_text(path: Path) -> str:
     """The text of a file without white space around it. Raises `DatasetError` when there is none."""
     try:
@@ -38,7 +52,7 @@ def read_text(path: Path) -> str:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB, see `read_image`. Raises `DatasetError` when it is missing or cannot be decoded."""
+    """RGB and upright, see `read_image`, and so must be what masks and boxes are about. Raises `DatasetError` when it is missing or cannot be decoded."""
     try:
         return read_image(path)
     except ImageError as error:
@@ -49,7 +63,7 @@ def read_pixels(path: Path, modes: Sequence[str], picture: Image.Image) -> np.nd
     """Values `[H W]`, or `[H W channel]`, of a map that goes with a picture; of a palette the indices.
 
     Args:
-        modes: of Pillow, which are accepted.
+        modes: of Pillow, which are accepted. A map with an EXIF orientation of its own is turned as a picture is.
 
     Raises:
         DatasetError: the file is missing or cannot be decoded, has another mode, or not the size of the picture.
@@ -57,11 +71,12 @@ def read_pixels(path: Path, modes: Sequence[str], picture: Image.Image) -> np.nd
     if not path.is_file():
         raise DatasetError(f"{str(path)!r} is not a file, expected a map of what the picture shows")
     try:
-        with Image.open(path) as opened:
-            values = np.asarray(opened)
-            mode, size = opened.mode, opened.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{str(path)!r} cannot be decoded: {error}") from error
+        with open_picture(path, repr(str(path))) as opened, decoder_errors(repr(str(path))):
+            opened.load()
+            mode, upright = opened.mode, turn_upright(opened, of=opened)
+            values, size = np.asarray(upright), upright.size
+    except ImageError as error:
+        raise DatasetError(str(error)) from error
     if mode not in modes:
         raise DatasetError(f"{str(path)!r} has pixels of mode {mode}, expected {' or '.join(modes)}; convert it")
     check_size(path, size, picture)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastattr.datasets.files import read_picture, read_pixels, read_text
+from fastattr.datasets.files import digest, read_picture, read_pixels, read_text
 from fastattr.datasets.sample import Dataset, Sample
 from fastattr.datasets.words import function_spans, noun_mentions
 from fastattr.errors import DatasetError
+from fastattr.storage import is_litter
 
 IMAGES, MASKS = Path("images"), Path("masks")
 DEFAULT_PROMPT = "Describe the image."
@@ -39,8 +40,9 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
     asked = folder / "prompt.txt"
     prompt = prompt or (read_text(asked) if asked.exists() else DEFAULT_PROMPT)
     pictures: dict[str, Path] = {}
+    n_litter = sum(is_litter(path.name) for part in (IMAGES, MASKS) for path in (folder / part).rglob("*"))
     for path in sorted((folder / IMAGES).iterdir()):
-        if path.suffix.lower() in _SUFFIXES:
+        if path.suffix.lower() in _SUFFIXES and not is_litter(path.name):
             if path.stem in pictures:
                 raise DatasetError(
                     f"{str(path)!r} and {pictures[path.stem].name!r} have one name, but masks go by name; rename one"
@@ -50,12 +52,17 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
         raise DatasetError(
             f"{str(folder / IMAGES)!r} holds no picture, expected files that end in {', '.join(_SUFFIXES)}"
         )
+    if not any(_masks(folder, id) for id in pictures):
+        raise DatasetError(
+            f"{str(folder / MASKS)!r} holds no mask for any of the {len(pictures)} pictures, expected for each a folder of "
+            f"its name with a png for each thing in it, for example {next(iter(pictures))}/red_circle.png"
+        )
 
     def read(id: str) -> Sample:
         if id not in pictures:
             raise DatasetError(f"{str(folder / IMAGES)!r} has no picture {id!r}")
         image = read_picture(pictures[id])
-        files = sorted((folder / MASKS / id).glob("*.png"))
+        files = _masks(folder, id)
         if not files:
             raise DatasetError(
                 f"{str(folder / MASKS / id)!r} holds no mask, expected a png for each thing in the picture"
@@ -69,4 +76,12 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
         response = read_text(caption) if caption.exists() else None
         return Sample(id, image, prompt, response, partial(noun_mentions, masks=masks), function_spans)
 
-    return Dataset(folder.resolve().name, tuple(pictures), read)
+    def content(id: str) -> str:
+        caption = folder / "captions" / f"{id}.txt"
+        return digest([pictures[id], *_masks(folder, id), caption], prompt)
+
+    return Dataset(folder.resolve().name, tuple(pictures), read, content=content, n_litter=n_litter)
+
+
+def _masks(folder: Path, id: str) -> list[Path]:
+    return sorted(path for path in (folder / MASKS / id).glob("*.png") if not is_litter(path.name))

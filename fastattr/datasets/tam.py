@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattr.datasets.files import inside, read_json, read_picture, read_pixels
+from fastattr.datasets.files import digest, inside, read_json, read_picture, read_pixels
 from fastattr.datasets.sample import Dataset, Sample
 from fastattr.datasets.words import function_spans, noun_mentions
 from fastattr.errors import DatasetError
@@ -56,14 +56,19 @@ def open_captioned(folder: Path, prompt: str | None = None) -> Dataset:
         raise DatasetError(f"{str(source)!r} has no list of `images` with a whole number as `id` each")
     ids = {str(each["id"]): each["id"] for each in pictures}
 
+    def files(id: str) -> tuple[Path, Path]:
+        name = f"{ids[id]:012d}"
+        return folder / "image" / f"{name}.jpg", folder / LABELS / f"{name}.png"
+
     def read(id: str) -> Sample:
         if id not in ids:
             raise DatasetError(f"{str(source)!r} has no picture {id!r}")
-        name = f"{ids[id]:012d}"
-        picture, labels = folder / "image" / f"{name}.jpg", folder / LABELS / f"{name}.png"
-        return _sample(id, picture, labels, COCO_LABELS, prompt or CAPTION_PROMPT)
+        return _sample(id, *files(id), COCO_LABELS, prompt or CAPTION_PROMPT)
 
-    return Dataset(folder.resolve().name, tuple(ids), read)
+    def content(id: str) -> str:
+        return digest(files(id), prompt or CAPTION_PROMPT)
+
+    return Dataset(folder.resolve().name, tuple(ids), read, content=content)
 
 
 def open_described(folder: Path, prompt: str | None = None) -> Dataset:
@@ -97,7 +102,12 @@ def open_described(folder: Path, prompt: str | None = None) -> Dataset:
             "labels from 1 to 255"
         )
 
-    return Dataset(name, tuple(map(str, range(len(entries)))), read)
+    def content(id: str) -> str:
+        entry = entries[int(id)]
+        named = entry[::2][:2] if isinstance(entry, list) else ()  # picture and label map, where the entry is sound
+        return digest([folder / name for name in named if isinstance(name, str)], entry, asked)
+
+    return Dataset(name, tuple(map(str, range(len(entries)))), read, content=content)
 
 
 def _sample(id: str, picture: Path, labels: Path, names: Mapping[str, int], prompt: str) -> Sample:

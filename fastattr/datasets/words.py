@@ -12,7 +12,7 @@ import numpy as np
 
 from fastattr import text
 from fastattr.datasets.sample import Mention
-from fastattr.errors import DatasetError
+from fastattr.errors import DatasetError, how_to_install
 
 if TYPE_CHECKING:
     import inflect
@@ -107,7 +107,7 @@ def english() -> inflect.engine:
         import inflect
     except ImportError as error:
         raise DatasetError(
-            'to find names of things in a response fastattr needs inflect: pip install "fastattr[eval]"'
+            f"to find the nouns of a response fastattr needs inflect; {how_to_install('eval')}"
         ) from error
     return inflect.engine()
 

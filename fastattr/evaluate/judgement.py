@@ -67,6 +67,7 @@ class Judgement:
         plausibility: for each method.
         hidings: for each word that was chosen and each order.
         said: every word that names something.
+        content: of the sample, see `Dataset.content`; empty in files of versions that did not note it.
     """
 
     id: str
@@ -75,6 +76,7 @@ class Judgement:
     plausibility: Mapping[str, Plausibility]
     hidings: tuple[Hiding, ...]
     said: tuple[Said, ...]
+    content: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastattr.errors import InputError
+from fastattr.errors import InputError, how_to_install
 from fastattr.evaluate.judging import MASK, RANDOM
 from fastattr.evaluate.running import Results
 from fastattr.evaluate.tables import (
@@ -25,9 +25,7 @@ from fastattr.metrics import Interval
 try:
     import matplotlib
 except ImportError as error:
-    raise InputError(
-        'plots need matplotlib: pip install "fastattr[eval]", or leave them out with --no-plots'
-    ) from error
+    raise InputError(f"plots need matplotlib; leave them out with --no-plots, or {how_to_install('eval')}") from error
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt

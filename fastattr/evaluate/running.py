@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastattr.adapters import Model, hide_loading_bars, load
+from fastattr.adapters import Model, hide_loading_bars, load, model_content
 from fastattr.datasets import Dataset, open_dataset
 from fastattr.errors import BackendError, FastattrError, SaveError, UnsupportedModelError
 from fastattr.evaluate.judgement import Judgement, Skipped, from_line, to_line
@@ -39,6 +39,7 @@ class Task:
         model: see `load`.
         n: the first samples only; all when None.
         prompt: instead of the dataset's own.
+        device, dtype: of the model, see `load`.
     """
 
     dataset: str
@@ -46,10 +47,16 @@ class Task:
     n: int | None
     prompt: str | None
     settings: Settings
+    device: str | None = None
+    dtype: str = "auto"
 
     def open(self) -> Dataset:
         """The samples, none of them read yet."""
         return open_dataset(self.dataset, n=self.n, prompt=self.prompt)
+
+    def load(self) -> Model:
+        """The model. Raises as `load` of the adapters does."""
+        return load(self.model, device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -70,20 +77,33 @@ class Results:
 def run(task: Task, out: Path, *, workers: int = 1) -> Results:
     """Judge every sample that `out` does not hold yet, and append it there.
 
-    Samples that could not be judged earlier are tried again. Each worker is a process with one thread and a model of
+    Samples that could not be judged earlier are tried again, and samples whose picture, masks or caption have changed
+    since are judged again: the contents of their files are compared, not their times. Each worker is a process with one thread and a model of
     its own; with one worker everything happens in this process.
 
     Raises:
         DatasetError: there is no such dataset.
-        SaveError: `out` cannot be written, or holds another evaluation.
+        SaveError: `out` cannot be written, or holds an evaluation of another dataset or model, with other settings, or of
+            a model of this name whose files have changed.
         FastattrError: the model cannot be explained at all, or a worker process died.
     """
     dataset = task.open()
+    if dataset.n_litter:
+        print(f"{dataset.n_litter} files of macOS or Windows were skipped (._*, .DS_Store, Thumbs.db)", file=sys.stderr)
     header = _header(task, dataset)
     done = _resume(out, header)
-    waiting = [each for each in dataset.ids if not isinstance(done.get(each), Judgement)]
+    changed = _changed(dataset, done)
+    if changed:
+        shown = ", ".join(changed[:NAMED_FAULTS]) + (", ..." if len(changed) > NAMED_FAULTS else "")
+        several = f"{len(changed)} samples have" if len(changed) > 1 else "1 sample has"
+        print(f"{several} changed since and will be judged again: {shown}", file=sys.stderr, flush=True)
+    again = set(changed)
+    waiting = [each for each in dataset.ids if each in again or not isinstance(done.get(each), Judgement)]
     if not out.exists() or out.stat().st_size == 0:
         _append(out, json.dumps(header))
+    if waiting:
+        place = "" if task.device is None else f" on {task.device}"
+        print(f"judging {len(waiting)} samples with {task.model}{place}", file=sys.stderr, flush=True)
     for row in _progress(_rows(task, dataset, waiting, workers), len(waiting), len(dataset.ids)):
         line = to_line(row)
         _append(out, line)
@@ -109,7 +129,7 @@ def _rows(task: Task, dataset: Dataset, ids: Sequence[str], workers: int) -> Ite
     if not ids:
         return
     if workers == 1:
-        model = load(task.model)
+        model = task.load()
         for each in ids:
             yield _judge(model, dataset, task.settings, each)
         return
@@ -141,7 +161,7 @@ def _start_worker(task: Task) -> None:
     global _worker
     torch.set_num_threads(1)
     hide_loading_bars()
-    _worker = partial(_judge, load(task.model), task.open(), task.settings)
+    _worker = partial(_judge, task.load(), task.open(), task.settings)
 
 
 def _work(id: str) -> Judgement | Skipped:
@@ -151,7 +171,8 @@ def _work(id: str) -> Judgement | Skipped:
 
 def _judge(model: Model, dataset: Dataset, settings: Settings, id: str) -> Judgement | Skipped:
     try:
-        return judge(model, dataset.read(id), settings)
+        content = dataset.content(id)  # before it is read: what changes in between is noticed the next time
+        return replace(judge(model, dataset.read(id), settings), content=content)
     except (UnsupportedModelError, BackendError):
         raise  # no other sample would fare better
     except FastattrError as error:
@@ -185,6 +206,8 @@ def _header(task: Task, dataset: Dataset) -> dict[str, Any]:
         "dataset": dataset.name,
         "samples": len(dataset.ids),
         "model": Path(task.model).name,
+        "model_content": model_content(task.model),
+        "dtype": task.dtype,
         "prompt": task.prompt,
         "settings": settings,
         "versions": {name: version(name) for name in ("fastattr", "torch", "transformers", "numpy")},
@@ -198,17 +221,46 @@ def _resume(out: Path, header: dict[str, Any]) -> dict[str, Judgement | Skipped]
     if not out.exists() or out.stat().st_size == 0:
         return {}
     found, done = _read(out)
-    for name in ("dataset", "model", "prompt", "settings"):
+    found = {"dtype": "auto", **found}  # versions that could not choose it did not note it
+    for name in ("dataset", "model", "dtype", "prompt", "settings"):
         if found.get(name) != header[name]:
             raise SaveError(
                 f"{str(out)!r} holds an evaluation with another {name}: {_short(found.get(name))} there, "
                 f"{_short(header[name])} asked for; choose another --out, or delete it"
             )
+    _check_model(out, found.get("model_content"), header)
+    try:
+        open(out, "ab").close()
+    except OSError as error:  # found out before samples are judged that could not be written down
+        raise SaveError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
     whole = out.read_bytes()
     if not whole.endswith(b"\n"):
         with open(out, "r+b") as file:
             file.truncate(whole.rfind(b"\n") + 1)
     return done
+
+
+def _check_model(out: Path, then: dict[str, str] | None, header: dict[str, Any]) -> None:
+    """Raises `SaveError` where the model of this name is not the one that was judged."""
+    now = header["model_content"]
+    if then is None:
+        raise SaveError(
+            f"{str(out)!r} was written by an earlier version, which did not note what the files of the model held, so it "
+            "cannot be gone on with; choose another --out, or delete it"
+        )
+    if then != now:
+        files = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        shown = ", ".join(files[:NAMED_FAULTS]) + (", ..." if len(files) > NAMED_FAULTS else "")
+        raise SaveError(
+            f"the model {header['model']!r} has changed since {str(out)!r} was begun: {shown}; choose another --out, or "
+            "delete it"
+        )
+
+
+def _changed(dataset: Dataset, done: dict[str, Judgement | Skipped]) -> list[str]:
+    """Ids of samples that were judged, but not as they are now."""
+    judged = {id: row for id in dataset.ids if isinstance(row := done.get(id), Judgement)}
+    return [id for id, row in judged.items() if row.content != dataset.content(id)]
 
 
 def _read(out: Path) -> tuple[dict[str, Any], dict[str, Judgement | Skipped]]:

@@ -1,7 +1,7 @@
 """Production logging of attributions: off the request's path, bounded, durable, and counted to the last response.
 
 `AttributionLogger` takes responses in; `read` gives attributions back; `fastattr log` and `fastattr worker` are its
-commands. Needs `pip install 'fastattr[log]'`.
+commands. Needs the packages of `pip install ".[log]"`, run in a clone of the repository.
 """
 
 import logging

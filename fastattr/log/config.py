@@ -137,7 +137,12 @@ class LogConfig:
         for name in _CALLBACKS:
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise InputError(f"{name} is a {type(getattr(self, name)).__name__}, expected a function or None")
-        object.__setattr__(self, "attribution", configure(self.attribution, default="arc@1"))
+        if self.attribution is None:
+            raise InputError("attribution is None, expected an AttributionConfig, a name such as 'arc@1', or a mapping")
+        try:
+            object.__setattr__(self, "attribution", configure(self.attribution, default="arc@1"))
+        except InputError as error:
+            raise InputError(f"attribution is wrong: {error}") from error
         if self.explained_by.compat is not None:
             raise InputError("attribution has compat='tam', which is for attribute_states; leave it out of a log")
         if not isinstance(self.storage_options, Mapping):

@@ -66,4 +66,4 @@ def _attribution(request: Request, images: list[object], config: LogConfig, mode
         raise InputError(
             f"a replay holds {len(images)} images and {'no ' if prompt is None else 'a '}prompt, expected both"
         )
-    return attribute(model, images, prompt, list(job.response_ids), wanted)
+    return attribute(model, images, prompt, list(job.response_ids), wanted, prompt_ids=job.prompt_ids)

@@ -23,14 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from fastattr.chat import read_prompt
 from fastattr.config import from_saved
 from fastattr.errors import InputError, SaveError
-from fastattr.images import read_visuals
+from fastattr.images import Visual
 from fastattr.log.config import LogConfig
 from fastattr.log.requests import Captured, Made, Replay, Request, Submission, bytes_of, digest, from_json, to_json
 from fastattr.log.spool import sync_folder
 from fastattr.log.telemetry import Caller
 from fastattr.storage import whole_file
+from fastattr.video import Timing
 
 if TYPE_CHECKING:
     from fastattr.adapters import Model
@@ -101,9 +103,9 @@ def put(config: LogConfig, request: Request) -> Path:
     """
     tensors, job = _job_tensors(request)
     images = request.submission.images
-    frames = [visual.frames for visual in read_visuals(list(images))] if images else []
-    for i, shown in enumerate(frames):
-        for t, frame in enumerate(shown):
+    visuals = read_prompt(list(images), request.submission.prompt or "")[0] if images else ()
+    for i, visual in enumerate(visuals):
+        for t, frame in enumerate(visual.frames):
             tensors[f"image.{i}.{t}"] = torch.from_numpy(np.array(frame))
     caller = request.caller
     manifest = {
@@ -113,7 +115,9 @@ def put(config: LogConfig, request: Request) -> Path:
         "metadata": request.submission.metadata,
         "prompt": to_json(request.submission.prompt),
         "content": request.submission.content,
-        "frames": [len(shown) for shown in frames],
+        "frames": [len(visual.frames) for visual in visuals],
+        "timing": [None if visual.timing is None else asdict(visual.timing) for visual in visuals],
+        "picture_notes": [visual.notes for visual in visuals],
         "image_sha256": [digest(image) for image in images],
         "time_ns": request.time_ns,
         "caller": None if caller is None else asdict(caller),
@@ -135,7 +139,9 @@ def put(config: LogConfig, request: Request) -> Path:
 def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
     job = request.job
     if isinstance(job, Replay):
-        return {"response_ids": torch.tensor(job.response_ids, dtype=torch.long, device="cpu")}, "replay"
+        named = {"response_ids": job.response_ids, "prompt_ids": job.prompt_ids}
+        tensors = {k: torch.tensor(v, dtype=torch.long, device="cpu") for k, v in named.items() if v is not None}
+        return tensors, "replay"
     if isinstance(job, Made):
         raise InputError("an attribution that exists needs no worker")
     states = job.states
@@ -191,10 +197,16 @@ def read_request(path: Path, model: Model) -> Request:
 
 
 def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model) -> Request:
-    videos = [
-        [Image.fromarray(tensors[f"image.{i}.{t}"].numpy()) for t in range(n)] for i, n in enumerate(manifest["frames"])
-    ]
-    images = tuple(frames[0] if len(frames) == 1 else frames for frames in videos)
+    images = tuple(
+        Visual(
+            tuple(Image.fromarray(tensors[f"image.{i}.{t}"].numpy()) for t in range(n)),
+            timing=None if timing is None else Timing(timing["fps"], tuple(timing["indices"]), timing["total"]),
+            notes=tuple(notes),
+        )
+        for i, (n, timing, notes) in enumerate(
+            zip(manifest["frames"], manifest["timing"], manifest["picture_notes"], strict=True)
+        )
+    )
     submission = Submission(
         manifest["request_id"], manifest["metadata"], from_json(manifest["prompt"]), images, manifest["content"]
     )
@@ -220,7 +232,10 @@ def _read_job(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model:
     from fastattr.adapters import CapturedStates
 
     if manifest["job"] == "replay":
-        return Replay(tuple(tensors["response_ids"].tolist()))
+        prompt_ids = tensors.get("prompt_ids")
+        return Replay(
+            tuple(tensors["response_ids"].tolist()), None if prompt_ids is None else tuple(prompt_ids.tolist())
+        )
     states = CapturedStates(model)
     states.prompt_ids = tensors["prompt_ids"].to(model.device)
     sequence = tensors["sequence"].to(model.device)

@@ -163,21 +163,24 @@ class AttributionLogger:
         response_ids: Sequence[int],
         *,
         request_id: str,
+        prompt_ids: Sequence[int] | None = None,
         metadata: Mapping[str, Any] | None = None,
         error: bool = False,
     ) -> bool:
         """Queue what some engine answered, to be explained by a forward of the logger's model, or later by a worker.
 
         Args:
-            messages: the user's text, or a conversation whose image parts stand where `images` belong.
+            messages: the user's text, or a conversation whose image parts stand where `images` belong; a `fastattr.Chat`
+                where the engine gave its chat template tools or options.
             images: the pictures the model was shown.
             response_ids: token ids of the answer, never re-tokenised.
+            prompt_ids: those the engine answered to; a replay of any other prompt fails, see `attribute`.
             request_id, metadata, error: as in `submit`.
 
         Returns:
             whether it was queued. Never raises.
         """
-        return self._submit(response_ids, request_id, images, messages, metadata, error)
+        return self._submit(response_ids, request_id, images, messages, metadata, error, prompt_ids)
 
     def submit_attribution(
         self,
@@ -191,7 +194,9 @@ class AttributionLogger:
         """Queue an attribution that exists already. As `submit`."""
         return self._submit(Made(why), request_id, images, None, metadata, error)
 
-    def _submit(self, job: Any, request_id: Any, images: Any, prompt: Any, metadata: Any, error: Any) -> bool:
+    def _submit(
+        self, job: Any, request_id: Any, images: Any, prompt: Any, metadata: Any, error: Any, prompt_ids: Any = None
+    ) -> bool:
         counts = self._counts
         try:
             if self._closed.is_set():
@@ -199,7 +204,7 @@ class AttributionLogger:
                 return False
             given = check_request_id(request_id)
             if not isinstance(job, _GIVEN_WHOLE):
-                job = Replay(tuple(job.tolist() if hasattr(job, "tolist") else job))
+                job = Replay(_ids(job), None if prompt_ids is None else _ids(prompt_ids))
             rate = rate_before(self.config, error=bool(error), n_tokens=response_length(job))
             share = share_of(given) if rate < 1.0 else 0.0  # where all are kept it decides nothing
             if share >= max(rate, self.config.screen_rate):
@@ -391,6 +396,10 @@ class AttributionLogger:
 
     def __repr__(self) -> str:
         return f"AttributionLogger({self.config.destination!r}, {self.stats()})"
+
+
+def _ids(given: Any) -> tuple[int, ...]:
+    return tuple(given.tolist() if hasattr(given, "tolist") else given)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from fastattr.chat import Chat, Messages, Prompt
 from fastattr.errors import ImageError, InputError
-from fastattr.images import read_image
+from fastattr.images import Visual, read_image
 from fastattr.log.record import Content
+from fastattr.parts import plain_part, without_source
 from fastattr.types import Attribution
 
 if TYPE_CHECKING:
@@ -60,9 +62,10 @@ class Captured(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """The ids some engine answered with, to be read by the model in one forward."""
+    """The ids some engine answered with, to be read by the model in one forward, and those of its prompt where given."""
 
     response_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...] | None = None
 
 
 class Made(NamedTuple):
@@ -103,7 +106,8 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
     Args:
         messages: the text itself, or messages: `{"role": ..., "content": text or parts}` with parts of text,
             `{"type": "text", "text": ...}`, and of images (`image`, `image_url`, ...), whose pictures are given beside
-            them. One message of the user with one text and no part for images is that text, with its images before it.
+            them; what the parts say of sizes and frames is kept, see `fastattr.parts`. One message of the user with one
+            text and no part for images is that text, with its images before it.
 
     Raises:
         InputError: the messages are broken or end with the assistant's.
@@ -118,15 +122,29 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
 
 
 def _content(content: Any) -> Any:
-    """Parts of a message without what they hold: pictures are given beside them, and a URL is not fetched."""
+    """Parts of a message without the pictures they hold: those are given beside them, and a URL is not fetched."""
     content = content.tolist() if isinstance(content, np.ndarray) else content
     if not _are_mappings(content):
         return content
-    kinds = [str(part.get("type")) for part in content]
-    return [
-        {"type": "image"} if "image" in kind else {"type": "video"} if "video" in kind else dict(part)
-        for kind, part in zip(kinds, content, strict=True)
-    ]
+    return [without_source(plain_part(part)) for part in content]
+
+
+def pictures_of(messages: Sequence[Any]) -> list[Any]:
+    """The pictures that the parts of messages hold, in order; what `prompt_of` leaves out of them.
+
+    Raises:
+        InputError: only some of the parts for pictures hold one.
+    """
+    held = []
+    for message in messages:
+        content: Any = message.get("content") if isinstance(message, Mapping) else None
+        content = content.tolist() if isinstance(content, np.ndarray) else content
+        if _are_mappings(content):
+            parts = [plain_part(part) for part in content]
+            held += [part.get(part["type"]) for part in parts if part["type"] != "text"]
+    if None in held and held != [None] * len(held):
+        raise InputError(f"{held.count(None)} of {len(held)} picture parts hold no picture; put it into the part")
+    return [] if None in held else held
 
 
 def to_json(prompt: Prompt | None) -> Any:
@@ -135,11 +153,21 @@ def to_json(prompt: Prompt | None) -> Any:
         return prompt
     if any(callable(tool) for tool in prompt.tools or ()):
         raise InputError("tools holds a function, which a worker cannot be given; pass its JSON schema")
-    return {"messages": list(prompt.messages), "tools": list(prompt.tools or ())}
+    options = dict(prompt.template_options)
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"template_options holds what JSON cannot say, so a worker cannot be given it: {error}"
+        ) from error
+    return {"messages": list(prompt.messages), "tools": list(prompt.tools or ()), "template_options": options}
 
 
 def from_json(held: Any) -> Prompt | None:
-    return Chat(held["messages"], held["tools"]) if isinstance(held, dict) else held
+    """What `to_json` wrote; requests from before there were template options hold none."""
+    if not isinstance(held, dict):
+        return held
+    return Chat(held["messages"], held["tools"], held.get("template_options", {}))
 
 
 def _are_mappings(values: Any) -> bool:
@@ -159,7 +187,7 @@ def bytes_of(job: Captured | Replay | Made, images: Sequence[Any]) -> int:
     if isinstance(job, Captured):
         return held + job.states.n_bytes
     if isinstance(job, Replay):
-        return held + sys.getsizeof(job.response_ids)
+        return held + sys.getsizeof(job.response_ids) + sys.getsizeof(job.prompt_ids)
     why = job.why
     tensors = [*why.image, why.context, why.relevance, why.log_prob]
     return held + sum(each.nbytes for each in tensors if each is not None) + sum(each.nbytes for each in why.pictures)
@@ -170,6 +198,8 @@ def _image_bytes(image: Any) -> int:
         return image.width * image.height * 4
     if isinstance(image, _SEQUENCES):
         return sum(_image_bytes(frame) for frame in image)
+    if isinstance(image, Visual):
+        return _image_bytes(image.frames)
     if isinstance(image, _ENCODED):
         return len(image)
     return int(getattr(image, "nbytes", 0))
@@ -181,6 +211,8 @@ def digest(image: Any) -> str:
     Raises:
         ImageError: it cannot be read.
     """
+    if isinstance(image, Visual):
+        image = image.frames if len(image.frames) > 1 else image.frames[0]
     if isinstance(image, list | tuple):
         return hashlib.sha256("".join(digest(frame) for frame in image).encode()).hexdigest()
     if isinstance(image, bytes | bytearray | memoryview):

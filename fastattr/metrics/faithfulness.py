@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -72,7 +72,7 @@ class Patches:
             pixels = shown.repeat(np.diff(rows), axis=0).repeat(np.diff(columns), axis=1)
             seen[rows[0] : rows[-1], columns[0] : columns[-1]] = 255 * pixels
             frames.append(Image.composite(frame, hidden, Image.fromarray(seen)))
-        return Visual(tuple(frames))
+        return replace(self.visual, frames=tuple(frames))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,11 @@ def cut_picture(visual: Visual, grid: Grid, extent: Box = WHOLE_IMAGE, *, fill: 
             f"the picture has {len(visual.frames)} frames but the grid (t, h, w) = {tuple(grid)} has {grid[0]} time steps; pass the "
             "picture the map was made of"
         )
-    hidden = visual.blank() if fill == "grey" else Visual(tuple(_hidden(frame, fill) for frame in visual.frames))
+    hidden = (
+        visual.blank()
+        if fill == "grey"
+        else replace(visual, frames=tuple(_hidden(frame, fill) for frame in visual.frames))
+    )
     patches = Patches(visual, hidden, (grid[0], grid[1], grid[2]), extent)
     if min(np.diff(patches.rows).min(), np.diff(patches.columns).min()) < 1:
         height, width = visual.size

@@ -49,7 +49,7 @@ def write_html(attributions: Sequence[Attribution], path: str | Path) -> Path:
         InputError: there is no attribution, or they do not explain the same response.
         SaveError: the path cannot be written.
     """
-    page = _page(attributions).encode()
+    page = page_html(attributions).encode()
     with whole_file(path) as file:
         file.write(page)
     return Path(path)
@@ -61,12 +61,13 @@ def notebook_html(attributions: Sequence[Attribution]) -> str:
     Raises:
         InputError: as `write_html`.
     """
-    page = html.escape(_page(attributions))
+    page = html.escape(page_html(attributions))
     style = "width:100%;height:720px;border:0;border-radius:8px"
     return f'<iframe title="fastattr report" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 
-def _page(attributions: Sequence[Attribution]) -> str:
+def page_html(attributions: Sequence[Attribution]) -> str:
+    """The self-contained page that `write_html` writes. Raises `InputError` as it does."""
     script, style = _asset("page.js"), _asset("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {"digest": digest, "style": style, "script": script, "payload": _inert_json(_payload(attributions))}

@@ -78,6 +78,19 @@ def test_records_are_what_attribute_says(tmp_path: Path, inline: Engine, model: 
     assert examine(out).healthy
 
 
+@pytest.mark.parametrize("name", ["best", "tam"])
+def test_a_batch_is_explained_by_the_named_configuration(
+    tmp_path: Path, inline: Engine, model: Model, name: str
+) -> None:
+    row = {"id": "one", "response": ANSWER, "prompt": PROMPT, "image": _data_url(0)}
+    run(write_jsonl(tmp_path / "in.jsonl", [row]), tmp_path / "out", attribution=name, engine=inline)
+    (record,) = read(tmp_path / "out")
+    why = fastattr.attribute(model, png(0), PROMPT, ANSWER, name)
+    assert record.attribution.config == why.config
+    for kept, maps in zip(record.attribution.image, why.image, strict=True):
+        assert float((kept - maps).abs().max()) <= 0.5 / 255 + 1e-6
+
+
 def test_shards_do_not_decide_what_is_written(tmp_path: Path, inline: Engine) -> None:
     """But for who wrote a record, and under which number."""
     source = write_scenes(tmp_path / "in.jsonl", 11)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_demo_writes_a_report_and_names_what_it_sees(
     assert run(monkeypatch, "demo", "--out", out, "--seed", SEED, "--no-open") == 0
     shown, progress = capsys.readouterr()
     assert progress.splitlines() == [
-        "loading shapes",
+        "loading shapes on cpu",
         *(f"explaining ({name})" for name in ("best", "arc", "tam", "lens")),
     ]
     truth = scenes.make_scene(SEED).objects
@@ -131,6 +132,23 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         (("explain", "{picture}", "--prompt", " "), "the prompt is ' ', expected some text"),
         (("explain", "{picture}", "--out", "missing/x.html", "--response", "a"), "'missing/x.html' cannot be written"),
         (("show", "missing.safetensors"), "'missing.safetensors' is not a file"),
+        (
+            ("show", "missing.safetensors", "--out", "missing/x.html"),
+            "'missing/x.html' cannot be written: No such file",
+        ),
+        (("explain", "{picture}", "--prompt", ""), "the prompt is '', expected some text"),
+        (("explain", "{picture}", "--response", " "), "--response is ' ', expected some text"),
+        (("explain", "{picture}", "--messages", "missing.json"), "'missing.json' cannot be read as a conversation"),
+        (("explain", "{picture}", "--device", "abacus"), "--device is 'abacus', which cannot be used here"),
+        (("explain", "{picture}", "--device", "cuda:77"), "--device is 'cuda:77', which cannot be used here"),
+        (("eval", "scenes", "--prompt", ""), "--prompt is '', expected some text"),
+        (("eval", "scenes", "--calibration", "missing/c.json"), "'missing/c.json' cannot be written"),
+        (("eval", "scenes", "--device", "abacus"), "--device is 'abacus'"),
+        (("eval", "nowhere"), "there is no dataset 'nowhere'"),
+        (("demo", "--out", "missing/x.html"), "'missing/x.html' cannot be written"),
+        (("demo", "--out", "x.png"), "'x.png' holds one method; got 4"),
+        (("worker", "missing"), "give the spool directory that a logger uses"),
+        (("bench", "--out", "missing/x.jsonl"), "'missing/x.jsonl' cannot be written"),
     ],
 )
 def test_errors_are_one_clear_line(
@@ -151,7 +169,114 @@ def test_errors_are_one_clear_line(
 
 def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, "--help") == 0
-    assert {"demo", "explain", "show", "models"} <= set(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert {"demo", "explain", "show", "models"} <= set(shown.split())
+    assert "..." not in shown.partition("Commands:")[2], "a command's first line is too long for the list"
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"fastattr {version('fastattr')}\n"
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    """The help of every command, of subcommands too."""
+    code = (
+        "import sys\n"
+        "from typer.main import get_command\n"
+        "from typer.testing import CliRunner\n"
+        "from fastattr.cli import app\n"
+        "def paths(command, path=()):\n"
+        "    yield path\n"
+        "    for name, each in getattr(command, 'commands', {}).items():\n"
+        "        yield from paths(each, (*path, name))\n"
+        "asked = list(paths(get_command(app)))\n"
+        "assert len(asked) > 15, asked\n"
+        "for path in asked:\n"
+        "    shown = CliRunner().invoke(app, [*path, '--help'])\n"
+        "    assert shown.exit_code == 0 and 'Usage' in shown.output, (path, shown.output)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pyarrow', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LOADING = {
+    "explain": ("explain", "{picture}", "--out", "{folder}/x.html"),
+    "live": ("explain", "{picture}", "--live", "--out", "{folder}/x.html"),
+    "demo": ("demo", "--out", "{folder}/x.html"),
+    "eval": ("eval", "scenes", "--n", "1", "--workers", "1", "--out", "{folder}/x.jsonl"),
+}
+
+
+@pytest.mark.parametrize("words", LOADING.values(), ids=LOADING)
+def test_device_and_dtype_reach_the_model(
+    picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    """`load` is asked for them, whichever command loads; nothing is explained here."""
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    def note(name: str, **options: object) -> None:
+        asked.append((name, options))
+        raise fastattr.InputError("far enough")
+
+    monkeypatch.setattr("fastattr.adapters.load", note)
+    monkeypatch.setattr("fastattr.evaluate.running.load", note)
+    words = tuple(word.format(picture=picture, folder=picture.parent) for word in words)
+    dtype = () if words[0] == "demo" else ("--dtype", "bfloat16")
+    assert run(monkeypatch, *words, "--device", "cpu", *dtype) == 2
+    expected = {"device": "cpu", "dtype": "bfloat16" if dtype else "auto"}
+    assert asked == [("shapes", expected)]
+    assert "with shapes on cpu" in (said := capsys.readouterr().err) or "loading shapes on cpu" in said
+
+
+WRONG = {
+    "no folder": ("{picture}", "--out", "{folder}/missing/x.html"),
+    "a folder": ("{picture}", "--out", "{folder}/folder.html"),
+    "suffix": ("{picture}", "--out", "{folder}/x.gif"),
+    "methods": ("{picture}", "--out", "{folder}/x.png", "--method", "arc", "--method", "tam"),
+    "scales": ("{picture}", "--scales", "0"),
+    "prompt": ("{picture}", "--prompt", ""),
+    "image": ("{folder}/missing.png",),
+    "no picture": ("{folder}/notes.txt",),
+    "a broken frame": ("{folder}/frames",),
+    "messages": ("--messages", "{folder}/notes.txt"),
+    "pictures of messages": ("--messages", "{folder}/chat.json"),
+    "device": ("{picture}", "--device", "cuda:77"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("live", [False, True], ids=["whole", "live"])
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], live: bool
+) -> None:
+    monkeypatch.setattr("fastattr.adapters.load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "notes.txt").write_text("shopping list")
+    (tmp_path / "frames").mkdir()
+    for name in ("1.png", "2.png"):
+        (tmp_path / "frames" / name).write_bytes(picture.read_bytes()[: 500 if name == "2.png" else None])
+    part = {"type": "image", "image": str(tmp_path / "missing.png")}
+    turn = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+    (tmp_path / "chat.json").write_text(json.dumps([turn]))
+    before = sorted(tmp_path.rglob("*"))
+    chosen = [word.format(picture=picture, folder=tmp_path) for word in words]
+    assert run(monkeypatch, "explain", *chosen, *(["--live"] if live else [])) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plots_without_matplotlib_are_refused_before_anything_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fastattr.evaluate.plots", raising=False)
+    out = tmp_path / "x.jsonl"
+    assert run(monkeypatch, "eval", "scenes", "--n", "1", "--out", out) == 2
+    told = capsys.readouterr().err
+    assert "--no-plots" in told and 'pip install ".[eval]"' in told
+    assert not out.exists()
 
 
 def test_bench_measures_in_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ FORM = r"entry 0 of .*anno.json' \(from 0\) is not \[picture, description, label
         (captioned, lambda at: (at / TORN).write_text("no picture"), f"{TORN}' is not in an image format"),
         (captioned, lambda at: (at / MAP).unlink(), f"{MAP}' is not a file, expected a map"),
         (captioned, lambda at: (at / MAP).write_bytes((at / MAP).read_bytes()[:-30]), f"{MAP}' cannot be decoded"),
-        (captioned, lambda at: (at / MAP).write_text("no picture"), f"{MAP}' cannot be decoded"),
+        (captioned, lambda at: (at / MAP).write_text("no picture"), f"{MAP}' is not in an image format"),
         (captioned, lambda at: save(at / MAP, PIXELS), f"{MAP}' has pixels of mode RGB, expected L or P"),
         (captioned, lambda at: save(at / MAP, DOG), f"{MAP}' has pixels of mode 1, expected L or P"),
         (captioned, lambda at: save(at / MAP, PIXELS[:, :5, 0]), f"{MAP}' is about 5 x 12 pixels but .* has 20 x 12"),

@@ -155,7 +155,7 @@ def test_a_name_needs_a_letter() -> None:
 def test_without_inflect_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     english.cache_clear()
     monkeypatch.setitem(sys.modules, "inflect", None)
-    with pytest.raises(DatasetError, match=r'needs inflect: pip install "fastattr\[eval\]"'):
+    with pytest.raises(DatasetError, match=r'needs inflect; in a clone .*: pip install "\.\[eval\]"'):
         english()
 
 

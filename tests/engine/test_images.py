@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import EpsImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin
+from transformers.image_utils import load_image
 
 import fastattr
-from fastattr.images import Visual, read_image, read_visuals
+from fastattr.images import Visual, read_image, read_visual, read_visuals
 from tests.engine import family_models as tiny
 from tests.engine.family_models import ANSWER, PROMPT
 
@@ -89,6 +95,107 @@ def test_a_palette_with_a_transparent_colour() -> None:
     assert pixels(data).tolist() == [[list(RED), list(WHITE)]]
 
 
+def png(depth: int, color: int, row: bytes, clear: bytes = b"", *, width: int = 2) -> bytes:
+    """A PNG of one row, written by hand (PNG specification, 3rd edition, chapters 5 and 11)."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, color, 0, 0, 0)
+    parts = [
+        (b"IHDR", header),
+        *([(b"tRNS", clear)] if clear else []),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "clear", "grey"),
+    [
+        (1, b"\x40", 0, [255, 255]),  # pixels 0 and 1; the black one is clear, so white
+        (2, b"\x10", 1, [0, 255]),
+        (2, b"\x20", 1, [0, 170]),
+        (4, b"\x0f", 0, [255, 255]),
+        (4, b"\x3f", 15, [51, 255]),
+        (8, b"\x07\x08", 7, [255, 8]),
+        (16, struct.pack(">HH", 0x1234, 0x12FF), 0x1234, [255, 0x12]),  # one of two greys that are alike in 8 bits
+        (16, struct.pack(">HH", 0, 0x12FF), 0, [255, 0x12]),
+    ],
+)
+def test_a_transparent_grey_of_a_png(depth: int, row: bytes, clear: int, grey: list[int]) -> None:
+    assert pixels(png(depth, 0, row, struct.pack(">H", clear)))[0, :, 0].tolist() == grey
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
+    """Pillow reads 8 bits of each, in which both pixels are the same colour."""
+    row = struct.pack(">6H", 0x1234, 0, 0, 0x12FF, 0, 0)
+    with pytest.raises(
+        fastattr.ImageError, match="PNG of 16 bits a colour with a transparent colour; convert it to RGBA"
+    ):
+        read_image(png(16, 2, row, struct.pack(">3H", 0x1234, 0, 0)))
+    assert pixels(png(16, 2, row)).tolist() == [[[0x12, 0, 0]] * 2]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
+def test_modes_of_sixteen_bits(mode: str) -> None:
+    values = [0, 0x00FF, 0x7F80, 0xFFFF]
+    image = Image.frombytes(mode, (4, 1), struct.pack(">4H" if mode == "I;16B" else "<4H", *values))
+    assert pixels(image)[0].tolist() == [[0] * 3, [0] * 3, [0x7F] * 3, [0xFF] * 3]
+    for order in ("<u2", ">u2"):  # arrays of the same content are the same picture
+        np.testing.assert_array_equal(pixels(np.array([values], order)), pixels(image))
+
+
+def test_a_ppm_of_sixteen_bits() -> None:
+    assert pixels(b"P5 2 1 65535\n" + struct.pack(">HH", 0x7F80, 0xFFFF))[0, :, 0].tolist() == [0x7F, 0xFF]
+
+
+def test_whole_numbers_of_no_known_range_are_refused_alike() -> None:
+    """200 of 255, or of two milliards? In an array, in mode I, in a TIFF of 32 bits."""
+    values = np.full((4, 4), 200, np.int32)
+    for form, told in (
+        (values, "is int32, expected uint8"),
+        (Image.fromarray(values), "the PIL image is of mode I, whole numbers of 32 bits"),
+        (Image.new("L", (4, 4), 200).convert("I"), "mode I"),
+        (encoded(Image.fromarray(values), "TIFF"), "mode I"),
+    ):
+        with pytest.raises(fastattr.ImageError, match=told):
+            read_image(form)
+
+
+COLOURS = np.array([[(250, 20, 30), (10, 200, 40), (30, 40, 220), (120, 130, 140)]], np.uint8)
+
+
+@pytest.mark.parametrize(("mode", "error"), [("CMYK", 0), ("YCbCr", 2), ("HSV", 5), ("RGBX", 0), ("LAB", 12)])
+def test_other_colour_spaces(mode: str, error: int) -> None:
+    """Colours that were converted there come back, but for rounding."""
+    image = Image.fromarray(COLOURS)
+    if mode == "LAB":
+        to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+        converted = ImageCms.applyTransform(image, to_lab)
+        assert converted is not None
+    else:
+        converted = image.convert(mode)
+    assert converted.mode == mode
+    np.testing.assert_allclose(pixels(converted).astype(int), COLOURS, rtol=0, atol=error)
+
+
+def test_modes_with_transparency_over_white() -> None:
+    """Half clear black is middle grey, whether alpha was multiplied in before or not, and whatever the mode."""
+    for mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        colour = (0, 128) if mode in ("LA", "La", "PA") else (0, 0, 0, 128)
+        assert pixels(Image.new(mode, (1, 1), colour))[0, 0].tolist() == [127] * 3, mode
+    grey = Image.merge("LA", (Image.new("L", (1, 1), 100), Image.new("L", (1, 1), 51)))  # a fifth of it
+    expected = round(100 * 0.2 + 255 * 0.8)
+    for image in (grey, grey.convert("La"), grey.convert("RGBA").convert("RGBa")):
+        np.testing.assert_allclose(pixels(image)[0, 0], expected, atol=2)  # premultiplied values are rounded
+
+
+def test_one_bit() -> None:
+    assert pixels(Image.fromarray(np.array([[False, True]])))[0].tolist() == [[0] * 3, [255] * 3]
+
+
 def test_sixteen_bits_of_grey_become_eight() -> None:
     values = np.array([[0, 0x00FF, 0x7F80, 0xFFFF]], dtype=np.uint16)
     data = encoded(Image.fromarray(values))
@@ -113,17 +220,64 @@ def test_float_tiff() -> None:
     ("orientation", "corner"),  # where the camera's top left pixel (row, column) is to be seen; EXIF 2.3, tag 0x0112
     [(1, (0, 0)), (2, (0, -1)), (3, (-1, -1)), (4, (-1, 0)), (5, (0, 0)), (6, (0, -1)), (7, (-1, -1)), (8, (-1, 0))],
 )
-def test_exif_orientation(orientation: int, corner: tuple[int, int]) -> None:
+def test_exif_orientation(tmp_path: Path, orientation: int, corner: tuple[int, int]) -> None:
     image = Image.new("RGB", (48, 16))
     image.paste(RED, (0, 0, 8, 8))
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(image, "JPEG", exif=exif, quality=95)
-    for form in (data, Image.open(io.BytesIO(data))):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(data)
+    url = "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    for form in (data, path, url, path.as_uri()):
         seen = pixels(form)
         assert seen.shape == ((48, 16, 3) if orientation >= 5 else (16, 48, 3))
         reddest = {(row, column): int(seen[row, column, 0]) for row in (0, -1) for column in (0, -1)}
         assert max(reddest, key=lambda at: reddest[at]) == corner
+        np.testing.assert_array_equal(seen, np.asarray(load_image(str(path))))  # as transformers reads a path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
+def test_a_pil_image_is_left_as_it_lies(orientation: int, kind: str) -> None:
+    """transformers' processors read its pixels and not its tags, so that is what the model sees."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(tiny.picture(16, 48), kind, exif=exif)
+    lies = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(data))), lies)
+    np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(data)).convert("RGB")), lies)
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    np.testing.assert_array_equal(pixels(data), turned)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_once(orientation: int) -> None:
+    """Pillow itself turns it as it loads it."""
+    data = encoded(tiny.picture(16, 48), "TIFF", tiffinfo={0x0112: orientation})
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert expected.shape == ((48, 16, 3) if orientation >= 5 else (16, 48, 3))
+    np.testing.assert_array_equal(pixels(data), expected)
+    np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(data))), expected)
+
+
+def exif_with(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """EXIF data of orientation 6 and another tag, which may be broken (TIFF 6.0, section 2)."""
+    held = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 8 + 2 + 2 * 12 + 4)
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI", tag, kind, count) + held
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + b"\0\0\0\0" + (value if len(value) > 4 else b"")
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        exif_with(0x011A, 10, 1, struct.pack("<ii", -1, 0)),
+        exif_with(0x011A, 2, 3, b"72\0"),
+        exif_with(0x8769, 2, 2, b"a\0"),
+    ],
+)
+def test_a_broken_tag_beside_the_orientation(exif: bytes) -> None:
+    assert pixels(encoded(Image.new("RGB", (9, 5)), "JPEG", exif=exif)).shape == (9, 5, 3)
 
 
 # --- forms that are refused ------------------------------------------------------------------------------------
@@ -132,13 +286,18 @@ def test_exif_orientation(orientation: int, corner: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (b"no picture at all", "the image of 17 bytes is not in an image format that Pillow reads"),
+        (b"no picture at all", "the image of 17 bytes is not in an image format that is read here"),
         (b"", "the image of 0 bytes is not in an image format"),
         (encoded(tiny.picture())[:300], "cannot be decoded"),
         (encoded(tiny.picture(), "JPEG")[:-200], "the image of .* bytes cannot be decoded: "),
         ("no/such/file.png", "'no/such/file.png' is not a file"),
         ("https://example.org/cat.png", "URLs are not fetched, download it and pass the path or the bytes"),
-        ("data:image/png;base64," + "A" * 5000, "cannot be a path"),
+        ("A" * 5000, "cannot be a path: .*; write base64 as a data: URL"),
+        ("data:image/png;base64," + "A" * 5000, "image 'data:image/png;base64,AAA.* is not in an image format"),
+        ("data:image/png;base64,A*", "is not base64"),
+        ("data:image/png,abc", "expected data:image/png;base64,"),
+        ("file:///no/such/file.png", "'/no/such/file.png' is not a file"),
+        ("S3://bucket/cat.png", "URLs are not fetched"),
         (None, "image is a NoneType, expected a path, a PIL image, an array or encoded bytes"),
         (7, "image is a int, expected a path"),
         ([], "image is an empty list"),
@@ -177,6 +336,86 @@ def test_a_decompression_bomb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(fastattr.ImageError, match=r"cannot be decoded: Image size .* exceeds limit"):
         read_image(encoded(tiny.picture()))
+
+
+DAMAGED = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "AVIF",
+    "JPEG2000",
+    "PPM",
+    "ICO",
+    "TGA",
+    "QOI",
+    "PCX",
+    "SGI",
+    "DDS",
+)
+
+
+@pytest.mark.filterwarnings("ignore")  # of decoders, which go on after them
+@pytest.mark.parametrize("kind", DAMAGED)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_is_a_picture_or_an_image_error(kind: str, data: st.DataObject) -> None:
+    """Bytes are changed, cut off, left out and put in, of pictures and of sequences of them."""
+    modes = {"JPEG": ("RGB", "CMYK"), "MPO": ("RGB",), "GIF": ("P",), "QOI": ("RGB", "RGBA"), "AVIF": ("RGB", "RGBA")}
+    mode = data.draw(st.sampled_from(modes.get(kind, ("RGB", "L"))))
+    exif = (
+        {"exif": exif_with(0x011A, 5, 1, struct.pack("<II", 72, 1))} if kind in ("JPEG", "PNG", "WEBP", "AVIF") else {}
+    )
+    more = (
+        {"save_all": True, "append_images": [Image.new(mode, (20, 12))]}
+        if kind in ("GIF", "WEBP", "TIFF", "MPO")
+        else {}
+    )
+    whole = encoded(tiny.picture(12, 20).convert(mode), kind, **exif, **more)
+    broken = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(broken) - 1))
+        match data.draw(st.sampled_from(("change", "change", "cut", "leave out", "put in"))):
+            case "change":
+                broken[at] = data.draw(st.integers(0, 255))
+            case "cut":
+                del broken[max(1, at) :]
+            case "leave out":
+                del broken[at : at + min(4, len(broken) - 1)]
+            case "put in":
+                broken[at:at] = data.draw(st.binary(min_size=1, max_size=4))
+        broken = broken or bytearray(b"x")
+    for wanted in ("image", "video"):
+        try:
+            visual = read_visual(bytes(broken), wanted)
+        except fastattr.ImageError as error:
+            assert str(error)
+        else:
+            assert all(frame.mode == "RGB" for frame in visual.frames)
+
+
+def test_memory_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch tries smaller parts after one; a picture that is at fault would be skipped."""
+
+    def load(self: Any, *_: Any) -> None:
+        raise MemoryError("no room")
+
+    data = encoded(tiny.picture())
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(MemoryError, match="no room"):
+        read_image(data)
+
+
+def test_postscript_starts_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ghostscript(*_: Any, **__: Any) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    with pytest.raises(fastattr.ImageError, match="is not in an image format that is read here"):
+        read_image(encoded(tiny.picture(), "EPS"))
 
 
 def test_one_bad_picture_among_good_ones() -> None:

@@ -194,7 +194,7 @@ def test_scales_that_nobody_chose() -> None:
     for held, expected in ((tiny.qwen2_vl(), (1.0, 1.5, 2.0)), (tiny.gemma3(), (1.0,)), (tiny.idefics3(), (1.0,))):
         model = fastattr.wrap(held.hf_model, held.processor)
         assert model.scales == expected
-        why = fastattr.attribute(model, picture(), "What is this?", "A circle.", method="lens", evidence=False)
+        why = fastattr.attribute(model, picture(), "What is this?", "A circle.", evidence=False)
         assert why.config.scales == expected
         (row,) = fastattr.attribute_batch(model, [(picture(), "What is this?", "A circle.")])
         assert row.config.scales == expected

@@ -46,7 +46,7 @@ def test_patterns() -> None:
         why.find("(")
 
 
-@pytest.mark.parametrize("phrase", ["", "  ", 3])
+@pytest.mark.parametrize("phrase", ["", "  ", 3.5])
 def test_nothing_to_select(phrase: object) -> None:
     with pytest.raises(InputError, match="select by a word or phrase"):
         make_attribution()[phrase]  # type: ignore[index]

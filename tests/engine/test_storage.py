@@ -53,6 +53,29 @@ def test_a_file_from_before_calibrations_is_read(tmp_path: Path) -> None:
     assert again.response == make_attribution().response
 
 
+def rewrite_config(path: Path, **changes: object) -> None:
+    with safe_open(path, framework="pt") as file:
+        manifest = json.loads(file.metadata()["fastattr"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    manifest["config"] |= changes
+    save_file(tensors, path, metadata={"fastattr": json.dumps(manifest)})
+
+
+def test_a_file_from_before_scales_could_be_none_is_read(tmp_path: Path) -> None:
+    """It holds no scales at all where they were left to the model, and the depth of rankings as a number."""
+    path = make_attribution().save(tmp_path / "x.safetensors")
+    rewrite_config(path, scales=[], scale_weights=None, top_k=50)
+    config = Attribution.load(path).config
+    assert (config.scales, config.top_k) == (None, 50)
+
+
+def test_a_configuration_of_a_newer_version_is_named(tmp_path: Path) -> None:
+    path = make_attribution().save(tmp_path / "x.safetensors")
+    rewrite_config(path, magic=1)
+    with pytest.raises(SaveError, match=r"x.safetensors.*magic, which this version of fastattr does not know"):
+        Attribution.load(path)
+
+
 def test_the_file_has_the_usual_permissions(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import fastattr
@@ -360,7 +361,10 @@ def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked in the terminal"))
-    directory = saved(tmp_path / "mine", tiny.qwen2_vl(), tiny.qwen_image_processor(96 * 96), None)
+    held = tiny.qwen2_vl()
+    directory = saved(tmp_path / "mine", held, tiny.qwen_image_processor(96 * 96), None)
+    # weights by the names they have in memory: transformers renames those of kinds that it knows
+    save_file(dict(held.hf_model.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
     for name, text in CODE.items():
         (directory / name).write_text(text)
     config = json.loads((directory / "config.json").read_text())

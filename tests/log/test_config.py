@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastattr import AttributionConfig, InputError, SaveError
-from fastattr.log import AttributionLogger, LogConfig
+from fastattr.config import METHODS
+from fastattr.log import AttributionLogger, LogConfig, inbox
 from fastattr.log.config import make_config
 from fastattr.log.sampling import rate_before, share_of
 
@@ -85,6 +87,37 @@ def test_one_option_alone_changes_nothing_else(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("best", METHODS["best"]),
+        ("tam@1+1.5", AttributionConfig(method="tam", scales=(1.0, 1.5))),
+        ({"method": "best", "evidence": False}, dataclasses.replace(METHODS["best"], evidence=False)),
+        ({"top_k": 20}, AttributionConfig(scales=(1.0,), top_k=20)),
+        ({"scales": [1.0, 2.0]}, AttributionConfig(scales=(1.0, 2.0))),
+        ({"method": "arc", "scales": None}, AttributionConfig()),
+    ],
+)
+def test_how_responses_are_explained_by_name(given: Any, expected: AttributionConfig, tmp_path: Path) -> None:
+    """From a mapping, from keywords, and again from what the logger leaves for a worker."""
+    config = LogConfig.from_mapping({"destination": str(tmp_path), "attribution": given})
+    assert config == LogConfig(str(tmp_path), attribution=given) == LogConfig(str(tmp_path), attribution=expected)
+    assert config.explained_by == expected
+    inbox.prepare(config)
+    assert inbox.read_config(config.spool_path).explained_by == expected
+
+
+def test_what_an_older_logger_left_for_its_worker_is_read(tmp_path: Path) -> None:
+    """It wrote no scales at all where they were left to the model."""
+    config = LogConfig(str(tmp_path), attribution="arc")
+    inbox.prepare(config)
+    path = config.spool_path / inbox.CONFIG_FILE
+    stored = json.loads(path.read_text())
+    stored["attribution"] |= {"scales": [], "top_k": 50}
+    path.write_text(json.dumps(stored))
+    assert inbox.read_config(config.spool_path).explained_by == AttributionConfig(top_k=50)
+
+
 def test_the_logger_takes_a_mapping_too(tmp_path: Path) -> None:
     with AttributionLogger.from_mapping({"destination": str(tmp_path), "sample_rate": 0.5}) as logger:
         assert logger.config == LogConfig(str(tmp_path), sample_rate=0.5)
@@ -95,7 +128,7 @@ def test_unknown_options_are_named(name: str) -> None:
     with pytest.raises(InputError, match=f"unknown option {name}") as caught:
         LogConfig.from_mapping({"destination": "x", name: 1})
     assert "sample_rate" in str(caught.value)  # what there is instead
-    with pytest.raises(InputError, match="unknown attribution sclaes"):
+    with pytest.raises(InputError, match="attribution is wrong: unknown option sclaes; known are method"):
         LogConfig.from_mapping({"destination": "x", "attribution": {"sclaes": [1.0]}})
 
 
@@ -122,7 +155,7 @@ WRONG: list[tuple[str, Any]] = [
     *[("telemetry", value) for value in ("yes", None)],
     *[(name, value) for name in ("redact", "on_record", "on_alert")
       for value in (3, "json:no_such_thing", "no_such_package_:x", "json", "")],
-    *[("attribution", value) for value in (None, "arc", {"scales": [0]})],
+    *[("attribution", value) for value in (None, "gradcam", 3, {"scales": [0]}, {"scales": []}, {"method": "tam", "compat": "tam", "scales": [1]})],
     *[("storage_options", value) for value in (None, "key", [1])],
     *[("destination", value) for value in ("", "  ", "a\0b")],
     ("spool", "s3://bucket/spool"),
@@ -132,7 +165,7 @@ WRONG: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=[f"{name}={value!r}"[:40] for name, value in WRONG])
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     mapping = {"destination": "somewhere", name: value}
-    with pytest.raises(InputError, match="scales" if value == {"scales": [0]} else name):
+    with pytest.raises(InputError, match=name):
         LogConfig.from_mapping(mapping)
 
 

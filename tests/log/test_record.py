@@ -419,6 +419,12 @@ def test_settings_of_an_older_version_take_the_defaults() -> None:
     assert from_row(row).attribution.config == make_record()[0].config
 
 
+def test_settings_from_before_scales_could_be_none_are_read() -> None:
+    row = row_of(make_record()[0])
+    row["settings"] = json.dumps({**json.loads(row["settings"]), "scales": [], "scale_weights": None})
+    assert from_row(row).attribution.config.scales is None
+
+
 @pytest.mark.parametrize(
     "change",
     [

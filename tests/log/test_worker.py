@@ -119,6 +119,29 @@ def test_a_replay_without_a_model_waits_for_a_worker(
     assert found.envelope.record_id.startswith(logger._writer) and found.envelope.writer != logger._writer
 
 
+@pytest.mark.parametrize("name", ["best", "tam"])
+def test_replays_are_explained_by_the_named_configuration(
+    model: fastattr.Model, picture: Image.Image, opened: Callable[..., AttributionLogger], tmp_path: Path, name: str
+) -> None:
+    """By the logger's thread and by a worker as by `attribute`; captured states at the scale they are of."""
+    ids = answer(model, picture)
+    for room, options in (("thread", {"model": model}), ("worker", {"explain": "worker"})):
+        logger = opened(room, content="text", attribution=name, **options)
+        assert logger.submit_replay(PROMPT, [picture], ids, request_id="replay")
+        states, out = generated(model, picture, logger)
+        assert logger.submit(states, out, request_id="captured", images=[picture], prompt=PROMPT)
+        logger.shutdown()
+    explain_all(tmp_path / "worker", model)
+    replayed = fastattr.attribute(model, picture, PROMPT, ids, name)
+    captured = fastattr.attribute(model, picture, PROMPT, ids, name, scales=(1.0,), regions=0)
+    for room in ("thread", "worker"):
+        found = records(tmp_path / room)
+        for request, expected in (("replay", replayed), ("captured", captured)):
+            ours = found[request].attribution
+            assert_same(ours, expected, atol=0.5 / 255 + 1e-4)
+            assert ours.config == expected.config
+
+
 def test_conversations_and_clips_reach_the_worker_whole(
     model: fastattr.Model, opened: Callable[..., AttributionLogger], tmp_path: Path
 ) -> None:

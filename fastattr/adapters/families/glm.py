@@ -30,6 +30,8 @@ def glm(name: str) -> Family:
         token_types="mm_token_type_ids",
         film_token="image_token_id",
         filmed=EVERY_FRAME,
+        sized=True,
+        keeps_aspect=True,
     )
 
 

@@ -111,7 +111,7 @@ LLAVA_NEXT_VIDEO = Family("LLaVA-NeXT-Video", look, patch, None, watch_next, res
 
 
 def look_onevision(shown: Shown) -> list[Looks]:
-    """As above; a picture among several of one conversation may be shown once, padded to a square."""
+    """As above; a picture among several of one prompt is shown once, padded to a square."""
     config, sizes = shown.config, _sizes(shown)
     together = shown.inputs.get("batch_num_images")
     alone = [True] * len(sizes) if together is None else [n == 1 for n in together.tolist() for _ in range(n)]
@@ -131,7 +131,9 @@ def watch_onevision(shown: Shown) -> list[Looks]:
     return [(Look((len(frames), edge, edge), end=1),) for frames in shown.inputs["pixel_values_videos"]]
 
 
-LLAVA_ONEVISION = Family("LLaVA-OneVision", look_onevision, patch, None, watch_onevision, resized=False, tiles=True)
+LLAVA_ONEVISION = Family(
+    "LLaVA-OneVision", look_onevision, patch, None, watch_onevision, resized=False, tiles=True, nested=True
+)
 
 # --- Granite 4 Vision -----------------------------------------------------------------------------------
 

@@ -16,6 +16,6 @@ def longest_edge(processor: Any, size: Size, scale: float) -> dict[str, Any]:
     return {"size": {"longest_edge": max(size)}}
 
 
-PIXTRAL = Family("LLaVA with Pixtral, Mistral3", look, merged_patch, longest_edge, joint=True)
+PIXTRAL = Family("LLaVA with Pixtral, Mistral3", look, merged_patch, longest_edge, joint=True, keeps_aspect=True)
 
 FAMILIES = {"mistral3": PIXTRAL}

@@ -47,6 +47,8 @@ def qwen(name: str, *, films: bool = True, masked: bool = False) -> Family:
         token_types="mm_token_type_ids",
         filmed=EVERY_FRAME,
         masked=masked,
+        sized=True,
+        keeps_aspect=True,
     )
 
 

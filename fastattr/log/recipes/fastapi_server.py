@@ -11,7 +11,6 @@ requests finish, then the logger write and publish what it holds. After a `kill 
 from __future__ import annotations
 
 import argparse
-import io
 import threading
 import uuid
 from collections.abc import AsyncIterator
@@ -21,9 +20,10 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from PIL import Image
 
 import fastattr
+from fastattr.errors import ImageError
+from fastattr.images import read_image
 from fastattr.log import AttributionLogger
 from fastattr.log.recipes.answering import GREEDY, PROMPT, inputs_of, text_of
 
@@ -47,8 +47,8 @@ async def read_body(request: Request) -> bytes:
 def answer(request: Request, body: Annotated[bytes, Depends(read_body)], prompt: str = PROMPT) -> dict[str, str]:
     state = request.app.state
     try:
-        picture = Image.open(io.BytesIO(body)).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        picture = read_image(body)  # RGB and upright: the model sees the picture that is logged
+    except ImageError as error:
         raise HTTPException(415, "the body is no picture that can be read") from error
     request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
     inputs = inputs_of(state.model, picture, prompt)

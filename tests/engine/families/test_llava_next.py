@@ -223,19 +223,48 @@ def test_capture_needs_no_picture(row: Row) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_onevision_shows_pictures_of_one_conversation_once_each() -> None:
-    """As `apply_chat_template(tokenize=True)` of transformers nests them: padded to a square, one line break behind."""
+@pytest.mark.parametrize("together", [True, False])
+def test_captured_pictures_of_onevision_are_explained_as_they_were_given(together: bool) -> None:
+    """`apply_chat_template(tokenize=True)` nests them: each padded to a square, one line break behind. A flat list is cut."""
     held = llava_onevision()
     model = fastattr.wrap(held.hf_model, held.processor)
     pictures = [picture(32, 64), picture(50, 50)]
-    seen = held.processor.image_processor([pictures], return_tensors="pt")
-    assert seen["batch_num_images"].tolist() == [2]
-    ids = held.processor.tokenizer(["<image>" * 34 + PROMPT], add_special_tokens=False, return_tensors="pt")
+    seen = held.processor.image_processor([pictures] if together else pictures, return_tensors="pt")
+    assert seen["batch_num_images"].tolist() == ([2] if together else [1, 1])
+    n_tokens = 2 * (16 + 1) if together else 16 + 4 * 9 + 16 + 8 * 9
+    ids = held.processor.tokenizer(["<image>" * n_tokens + PROMPT], add_special_tokens=False, return_tensors="pt")
     never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
     with fastattr.capture(model) as states:
         out = held.hf_model.generate(**ids, **seen, do_sample=False, max_new_tokens=2, suppress_tokens=never)
-    why = states.attribute(out, image=pictures)
-    assert [tuple(each.shape[1:]) for each in why.image] == [(1, 2, 4), (1, 4, 4)]
+    why = states.attribute(out, image=pictures, evidence=True)
+    grids = [(1, 2, 4), (1, 4, 4)] if together else [(1, 4, 8), (1, 8, 8)]
+    assert [tuple(each.shape[1:]) for each in why.image] == grids
+    assert why.evidence is not None and why.evidence.isfinite().all()
+
+
+def test_pictures_of_onevision_in_one_prompt_are_shown_once_each() -> None:
+    """A patch under one cell of the second picture moves that cell most."""
+    held = llava_onevision()
+    model = fastattr.wrap(held.hf_model, held.processor)
+    pictures = [picture(32, 64), picture(64, 48)]
+
+    def given(shown: list[Image.Image]) -> tuple[torch.Tensor, ImageGroup]:
+        encoded = adapters.encode(model, read_visuals(shown), PROMPT)
+        assert encoded.model_inputs["batch_num_images"].tolist() == [2]
+        with torch.no_grad():
+            features = held.hf_model.model(input_ids=encoded.input_ids[None], **encoded.model_inputs)
+        group = encoded.groups[1]
+        return features.last_hidden_state[0, list(group.positions)], group
+
+    before, group = given(pictures)
+    # 64 x 48 in the middle of a square of 64, 4 x 4 cells of 16 pixels: a column is half padding at each side
+    assert (group.grid, group.views[0].grid) == ((1, 4, 3), (4, 4))
+    assert group.views[0].box == pytest.approx((-8 / 48, 0, 56 / 48, 1))
+    pixels = np.asarray(pictures[1]).copy()
+    pixels[36:44, 28:36] = (255, 0, 255)  # under row 2, column 2 of the square: 8 pixels of padding, then 28 + 8 = 36
+    after, _ = given([pictures[0], Image.fromarray(pixels)])
+    moved = (after - before).norm(dim=1).view(4, 4)
+    assert divmod(int(moved.argmax()), 4) == (2, 2)
 
 
 def test_frames_of_next_video_are_cropped() -> None:

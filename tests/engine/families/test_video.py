@@ -77,8 +77,9 @@ def test_frames_that_transformers_refuses_are_refused() -> None:
 
 
 def test_seconds_of_time_steps() -> None:
-    assert step_seconds(5, 2, 2.0) == [(0.0, 0.5), (1.0, 1.5), (2.0, 2.0)]
-    assert step_seconds(2, 1, 4.0) == [(0.0, 0.0), (0.25, 0.25)]
+    assert step_seconds([0.0, 0.5, 1.0, 1.5, 2.0], 2) == [(0.0, 0.5), (1.0, 1.5), (2.0, 2.0)]
+    assert step_seconds([0.0, 0.25], 1) == [(0.0, 0.0), (0.25, 0.25)]
+    assert step_seconds([0.0, 0.1, 3.0], 2) == [(0.0, 0.1), (3.0, 3.0)]
 
 
 # --- the same as transformers' own processors -----------------------------------------------------------------

@@ -235,7 +235,8 @@ class KimiImages:
     ) -> dict[str, torch.Tensor]:
         side, most = (size or self.size)["max_height"], max_patches or self.max_patches
         patches, grids = [], []
-        for picture in pictures:
+        nested = [each if isinstance(each, list) else [each] for each in pictures]
+        for picture in (each for of_prompt in nested for each in of_prompt):
             count = max(1, picture.height // PATCH) * max(1, picture.width // PATCH)
             share = min(1.0, math.sqrt(most / count), side * PATCH / picture.height, side * PATCH / picture.width)
             shown = picture.resize((int(picture.width * share), int(picture.height * share)), Image.Resampling.BICUBIC)

@@ -1,0 +1,248 @@
+"""Videos from files: which frames are taken of a movie or an animated picture, and when they were taken.
+
+Movies are read by PyAV (`pip install 'fastattr[video]'`). Of a movie so many frames a second are taken, between so many,
+as qwen-vl-utils and transformers' Qwen processors do by default; of an animated picture all.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastattr.decoding import decoder_errors, place_in_sequence, to_rgb, turn_upright
+from fastattr.errors import ImageError, InputError
+
+FPS = 2.0
+MIN_FRAMES, MAX_FRAMES = 4, 768
+MAX_VIDEO_BYTES = 1 << 30  # of all frames together, decoded
+
+_PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"jxl ")
+_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames to take of a video in a file, as message parts of Qwen's kind say it.
+
+    Attributes:
+        fps: so many a second; of frames that are given one by one, how many of them a second takes.
+        n_frames: so many in all, evenly spread.
+        start_s, end_s: only of this stretch, in seconds.
+    """
+
+    fps: float | None = None
+    n_frames: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.n_frames is not None:
+            raise InputError(f"fps is {self.fps:g} and nframes is {self.n_frames}, expected one of them")
+        start_s = self.start_s or 0.0
+        if start_s < 0 or (self.end_s is not None and self.end_s <= start_s):
+            raise InputError(
+                f"video_start is {start_s:g} s and video_end {self.end_s} s, expected 0 <= video_start < video_end"
+            )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When frames were taken: frame `i` at `indices[i] / fps` seconds. As transformers' `VideoMetadata`.
+
+    Attributes:
+        fps: frames a second of the video they are of.
+        indices: of the frames in that video.
+        total: frames of that video, or of the stretch of it they were taken from.
+    """
+
+    fps: float
+    indices: tuple[int, ...]
+    total: int
+
+    @property
+    def seconds(self) -> tuple[float, ...]:
+        return tuple(index / self.fps for index in self.indices)
+
+    @property
+    def sampled_fps(self) -> float:
+        """So many of them a second, on average."""
+        return len(self.indices) / self.total * self.fps
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of one size that were taken of a video."""
+
+    frames: tuple[Image.Image, ...]
+    timing: Timing
+    notes: tuple[str, ...] = field(default=())
+
+
+def is_movie(head: bytes) -> bool:
+    """Whether a file that begins so is a container of videos rather than a picture."""
+    if head[4:8] == b"ftyp":
+        return head[8:12] not in _PICTURE_BRANDS
+    riff = head[:4] == b"RIFF" and head[8:12] == b"AVI "
+    return riff or head[:4] in (b"\x1a\x45\xdf\xa3", b"\0\0\1\xba", b"FLV\1", b"OggS") or head[4:8] in _QUICKTIME
+
+
+def choose_frames(total: int, fps: float, sampling: Sampling, name: str, *, every: bool = False) -> tuple[int, ...]:
+    """Indices of the frames to take, by the rule of qwen-vl-utils, evenly spread from the first to the last.
+
+    Args:
+        total: frames of the video.
+        fps: frames a second.
+        every: take all where nothing is said, rather than `FPS` a second, at least `MIN_FRAMES` and at most `MAX_FRAMES`.
+
+    Raises:
+        ImageError: more are asked for than there are, or than `MAX_FRAMES`.
+    """
+    first = 0 if sampling.start_s is None else round(sampling.start_s * fps)
+    last = total - 1 if sampling.end_s is None else min(round(sampling.end_s * fps), total - 1)
+    held = last - first + 1
+    if held < 1:
+        raise ImageError(f"{name} ends after {total / fps:.2f} s, but video_start is {sampling.start_s:g} s")
+    if sampling.n_frames is not None:
+        n = sampling.n_frames
+        if n > held:
+            raise ImageError(f"{name} holds {held} frames there, but nframes asks for {n}; ask for at most that many")
+    elif sampling.fps is None and every:
+        n = held
+    else:
+        most = MAX_FRAMES if sampling.fps is None else held  # more than that is not asked for silently
+        n = int(min(max(held / fps * (sampling.fps or FPS), MIN_FRAMES), most, held))
+        n -= n % 2 if n > 1 else 0  # models take frames in pairs
+    if n > MAX_FRAMES:
+        raise ImageError(
+            f"{name}: {n} frames are asked for, expected at most {MAX_FRAMES}; ask for fewer with nframes or fps, or for a "
+            "stretch with video_start and video_end"
+        )
+    return tuple(np.linspace(first, last, n).round().astype(int).tolist())
+
+
+def read_animation(image: Image.Image, sampling: Sampling, name: str, *, upright: bool = False) -> Clip:
+    """Frames of an animated picture (or pages of a TIFF, one a second), all if nothing else is asked for.
+
+    Args:
+        upright: turn frames as their EXIF orientation says.
+    """
+    with decoder_errors(name):
+        shown, total, _ = place_in_sequence(image)
+        try:
+            lengths_ms = [_length_ms(image, k) for k in range(total)]
+            begins_ms = [sum(lengths_ms[:k]) for k in range(total)]
+            indices = choose_frames(total, 1000 * total / sum(lengths_ms), sampling, name, every=True)
+            _check_size(len(indices), image.width * image.height, name)
+            frames = []
+            for index in indices:
+                image.seek(index)
+                frame = to_rgb(image, name)
+                frames.append(turn_upright(frame, of=image) if upright else frame)
+        finally:
+            image.seek(shown)
+    notes: tuple[str, ...] = (
+        () if len(frames) == total else (f"{len(frames)} of the {total} frames of a video are shown",)
+    )
+    if len(set(lengths_ms)) > 1:
+        notes += (
+            "the frames of a video are not shown for equally long, so a model that reads one pace reads the mean",
+        )
+        taken_ms = sum(lengths_ms[indices[0] : indices[-1] + 1])
+        return Clip(tuple(frames), Timing(1000.0, tuple(begins_ms[k] for k in indices), taken_ms), notes)
+    return Clip(tuple(frames), Timing(1000 / lengths_ms[0], indices, _spanned(indices)), notes)
+
+
+def _spanned(indices: Sequence[int]) -> int:
+    return indices[-1] - indices[0] + 1
+
+
+def _length_ms(image: Image.Image, index: int) -> int:
+    image.seek(index)
+    image.load()  # WebP knows it only then
+    length_ms = round(image.info.get("duration") or 0)
+    return length_ms if length_ms > 0 else 1000 if image.format == "TIFF" else 100  # as browsers do with none
+
+
+def read_movie(source: Path | bytes, sampling: Sampling, name: str) -> Clip:
+    """Frames of a movie, upright.
+
+    Raises:
+        ImageError: PyAV is not installed, the movie is damaged, or more is asked for than it holds or memory allows.
+    """
+    with _opened(source, name) as (container, stream):
+        total, fps = _count(container, stream, name), float(stream.average_rate or stream.guessed_rate or 0)
+        pixels = stream.width * stream.height
+    if not fps > 0:
+        raise ImageError(f"{name} does not say how many frames it has a second; pass its frames as a list")
+    for _ in range(2):  # the count of a header may be too high
+        indices = choose_frames(total, fps, sampling, name)
+        _check_size(len(indices), pixels, name)
+        frames, n_decoded = _decode(source, indices, name)
+        if len(frames) == len(indices):
+            notes = () if len(frames) == total else (f"{len(frames)} of the {total} frames of a video are shown",)
+            return Clip(tuple(frames), Timing(fps, indices, _spanned(indices)), notes)
+        total = n_decoded
+        if total == 0:
+            break
+    raise ImageError(f"{name} holds no frame that can be decoded")
+
+
+def movie_size(source: Path | bytes, name: str) -> tuple[int, int]:
+    """`(width, height)` in pixels, from the header alone. Raises `ImageError`."""
+    with _opened(source, name) as (_, stream):
+        return int(stream.width), int(stream.height)
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    try:
+        import av
+    except ImportError as error:
+        raise ImageError(
+            f"{name} is a video, and reading its frames needs PyAV: pip install 'fastattr[video]', or pass its frames as a "
+            "list"
+        ) from error
+    with decoder_errors(name), av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        if not container.streams.video:
+            raise ImageError(f"{name} holds no video stream")
+        yield container, container.streams.video[0]
+
+
+def _count(container: Any, stream: Any, name: str) -> int:
+    """Frames of a stream, from its header or from its packets."""
+    count = int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
+    if count < 1:
+        raise ImageError(f"{name} holds no frames")
+    return count
+
+
+def _decode(source: Path | bytes, indices: Sequence[int], name: str) -> tuple[list[Image.Image], int]:
+    """The frames of these rising indices, and how many had to be decoded for them."""
+    frames: list[Image.Image] = []
+    n_decoded = 0
+    with _opened(source, name) as (container, stream):
+        for frame in container.decode(stream):
+            while len(frames) < len(indices) and indices[len(frames)] == n_decoded:
+                turned = getattr(frame, "rotation", 0)  # degrees, counterclockwise
+                picture = frame.to_image()
+                frames.append(picture.rotate(turned, expand=True) if turned else picture)
+            n_decoded += 1
+            if len(frames) == len(indices):
+                break
+    return frames, n_decoded
+
+
+def _check_size(n_frames: int, pixels: int, name: str) -> None:
+    if n_frames * pixels * 3 > MAX_VIDEO_BYTES:
+        raise ImageError(
+            f"{name}: {n_frames} frames of {pixels} pixels need {n_frames * pixels * 3 >> 20} MiB, expected at most "
+            f"{MAX_VIDEO_BYTES >> 20}; ask for fewer with nframes or fps, for a stretch with video_start and video_end, or make "
+            "its frames smaller first"
+        )
