@@ -160,13 +160,13 @@ class CapturedStates:
         Raises:
             InputError: nothing was captured, it was released, or the model read what has no ids.
         """
-        if self.prompt_ids is None or not self.fed:
-            raise InputError("nothing was captured: call generate of the captured model inside the with block")
         if self._embedded:
             raise InputError(
                 "the model was fed inputs_embeds, as adapters with virtual tokens (prompt tuning, p-tuning) make them, "
                 "expected input_ids: states are read against ids"
             )
+        if self.prompt_ids is None or not self.fed:
+            raise InputError("nothing was captured: call generate of the captured model inside the with block")
         first = self.fed[0].shape[1]
         if self.n_cached and self.n_cached + first > self.n_prompt:
             raise InputError(
@@ -347,7 +347,7 @@ def captured_reading(
         raise InputError(
             f"generate was given a cache of {states.n_cached} tokens (past_key_values) and {held or 'nothing but ids'}, but not "
             "the pixels of every image in its prompt, which were read in an earlier turn; pass the whole conversation to "
-            "fastattr.attribute (messages with all images, and the response ids), or give generate all pixels again"
+            "fastattr.attribute (messages with all images, and the response ids), or capture a generate that is given all of it and no cache"
         ) from error
     n = states.n_spoken(sequence)
     hidden, source = states.read(sequence)

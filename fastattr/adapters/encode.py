@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -194,7 +195,7 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
             )
     else:
         try:
-            ids = torch.as_tensor(response).flatten()
+            ids = torch.as_tensor(response, device="cpu").flatten()
         except (TypeError, ValueError, RuntimeError) as error:
             kind = type(response).__name__
             raise InputError(f"the response is a {kind}, expected text or token ids: {error}") from error
@@ -350,7 +351,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
     if frames or not films:
         chosen["images"] = [frames] if frames and model.family.nested else frames
     try:
-        with torch.device("cpu"):  # whatever the default device: "meta" would lose what is read
+        with _on_cpu():
             produced = model.processor(text=[text], return_tensors="pt", **chosen)
     except (ValueError, ZeroDivisionError, RuntimeError, AssertionError) as error:
         sizes = [f"{frame.width} x {frame.height}" for picture in pictures for frame in picture.visual.frames]
@@ -381,6 +382,11 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
             if here:
                 inputs[kind][ids == token_id] = mark
     return _Processed(inputs, looks)
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    """A context in which a processor's tensors lie on the CPU: a default device of "meta" would lose what they hold."""
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:

@@ -57,4 +57,4 @@ def setting(model: Model, options: Mapping[str, Any], name: str) -> Any:
 
 
 def _ids(value: Any) -> frozenset[int]:
-    return frozenset() if value is None else frozenset(torch.as_tensor(value).flatten().tolist())
+    return frozenset() if value is None else frozenset(torch.as_tensor(value, device="cpu").flatten().tolist())

@@ -176,7 +176,7 @@ def read_sglang(
 def _sequence(name: str, value: Sequence[int] | Tensor, at_least: int) -> Tensor:
     """int64 `[seq]` on the CPU."""
     try:
-        ids = torch.as_tensor(value)
+        ids = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} is a {type(value).__name__}, expected whole numbers [seq]: {error}") from error
     if ids.ndim != 1 or len(ids) < at_least or ids.is_floating_point() or ids.dtype == torch.bool:

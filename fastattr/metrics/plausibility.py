@@ -318,7 +318,7 @@ def _mean(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """float32 `[... H W]` in [0, 1] on the CPU. Raises `InputError`, see `quantise`."""
-    maps = torch.as_tensor(maps).detach().float().cpu()
+    maps = torch.as_tensor(maps, device="cpu").detach().float()
     if maps.ndim < 2 or maps.numel() == 0 or not bool(((maps >= 0) & (maps <= 1)).all()):
         found = f"[{maps.min():.4g}, {maps.max():.4g}]" if maps.numel() else "no values"
         raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 import fastattr
@@ -310,3 +311,147 @@ def test_letters_of_several_tokens(qwen: fastattr.Model) -> None:
     assert why.response == "ü 😀"
     assert all(why.response[start:stop] == token for token, (start, stop) in zip(why.tokens, why.spans, strict=True))
     assert "ü" in why.tokens and any("😀" in token for token in why.tokens)
+
+
+# --- how a model is loaded -----------------------------------------------------------------------------------------
+
+
+CODE = {
+    "configuration_mine.py": """
+from transformers import Qwen2VLConfig
+
+
+class MineConfig(Qwen2VLConfig):
+    model_type = "mine_vl"
+""",
+    "modeling_mine.py": """
+from transformers import Qwen2VLForConditionalGeneration
+
+from .configuration_mine import MineConfig
+
+
+class MineForConditionalGeneration(Qwen2VLForConditionalGeneration):
+    config_class = MineConfig
+""",
+    "processing_mine.py": """
+from fastattr.adapters.processors import ComposedProcessor, grid_tokens
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+
+class MineProcessor:
+    @classmethod
+    def from_pretrained(cls, source, **options):
+        images = Qwen2VLImageProcessorPil.from_pretrained(source)
+        token = "<|image_pad|>"
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=options["trust_remote_code"])
+        return ComposedProcessor(images, tokenizer, token, grid_tokens(images, token))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoProcessor"):
+        pass
+""",
+}
+
+
+@pytest.fixture
+def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of a kind that transformers does not know, as on the hub: weights, and the code to read them."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked in the terminal"))
+    held = tiny.qwen2_vl()
+    directory = saved(tmp_path / "mine", held, tiny.qwen_image_processor(96 * 96), None)
+    # weights by the names they have in memory: transformers renames those of kinds that it knows
+    save_file(dict(held.hf_model.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
+    for name, text in CODE.items():
+        (directory / name).write_text(text)
+    config = json.loads((directory / "config.json").read_text())
+    code = {
+        "AutoConfig": "configuration_mine.MineConfig",
+        "AutoModelForImageTextToText": "modeling_mine.MineForConditionalGeneration",
+    }
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "mine_vl", "auto_map": code}))
+    (directory / "processor_config.json").write_text(
+        json.dumps({"auto_map": {"AutoProcessor": "processing_mine.MineProcessor"}})
+    )
+    monkeypatch.setitem(adapters.families.registry._registered, "mine_vl", adapters.FAMILIES["qwen2_vl"])
+    return directory
+
+
+def test_code_of_a_model_is_run_when_it_is_trusted(with_code: Path) -> None:
+    model = fastattr.load(with_code, trust_remote_code=True)
+    assert type(model.hf_model).__name__ == "MineForConditionalGeneration"
+    held = tiny.qwen2_vl()
+    ours = fastattr.attribute(model, picture(60, 80), PROMPT, ANSWER, scales=(1.0,))
+    expected = fastattr.attribute(
+        fastattr.wrap(held.hf_model, held.processor), picture(60, 80), PROMPT, ANSWER, scales=(1.0,)
+    )
+    torch.testing.assert_close(ours.log_prob, expected.log_prob)
+
+
+def test_code_of_a_model_is_not_run_unasked(with_code: Path) -> None:
+    with pytest.raises(
+        fastattr.InputError, match=r"comes with Python code of its own.*pass trust_remote_code=True to fastattr\.load"
+    ):
+        fastattr.load(with_code)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, "auto"])
+def test_a_device_map_goes_through(tmp_path: Path, device_map: Any) -> None:
+    directory = saved(tmp_path, tiny.qwen2_vl(), tiny.qwen_image_processor(96 * 96), None)
+    model = fastattr.load(directory, device_map=device_map)
+    expected = fastattr.load(directory)
+    ours = fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=(1.0,))
+    right = fastattr.attribute(expected, picture(), PROMPT, ANSWER, scales=(1.0,))
+    torch.testing.assert_close(ours.log_prob, right.log_prob)
+
+
+def test_a_device_and_a_device_map() -> None:
+    with pytest.raises(fastattr.InputError, match="device is 'cpu' and device_map is 'auto', expected one of them"):
+        fastattr.load("shapes", device="cpu", device_map="auto")
+
+
+def test_quantisation_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `from_pretrained` is given; the weights are quantised where they are to lie, not moved afterwards."""
+    given: dict[str, Any] = {}
+    loaded = fastattr.load("shapes")
+
+    def from_pretrained(source: Any, **options: Any) -> Any:
+        given.update(options)
+        return loaded.hf_model
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    fastattr.load("shapes", quantization_config="int4", device="cpu", revision="main")
+    assert given["quantization_config"] == "int4" and given["device_map"] == {"": "cpu"} and given["revision"] == "main"
+
+
+def test_the_bundled_model_in_another_dtype() -> None:
+    assert fastattr.load("shapes").hf_model.dtype == torch.float32
+    assert fastattr.load("shapes", dtype=torch.bfloat16).hf_model.dtype == torch.bfloat16
+    assert fastattr.load("shapes", dtype="float16").head.weight.dtype == torch.float16
+
+
+def test_the_device_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="fastattr"):
+        model = fastattr.load("shapes")
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    assert model.device.type == where
+    assert any(
+        f"loading shapes onto {where}" in record.getMessage() and record.levelname == "INFO"
+        for record in caplog.records
+    )
+    caplog.clear()
+    with caplog.at_level("INFO", logger="fastattr"):
+        fastattr.load("shapes", device="cpu")
+    assert not caplog.records
+
+
+def test_a_gpu_is_the_default_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda self, device: moved.append(device) or self)
+    fastattr.load("shapes")
+    assert moved == [torch.device("cuda", 1)]
