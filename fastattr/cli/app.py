@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import fastattr
 from fastattr.cli import batch, log, worker
-from fastattr.cli.loading import Device, Dtype, DtypeName, choose_device, load_model
+from fastattr.cli.loading import Device, Dtype, DtypeName, Trust, choose_device, load_model
 from fastattr.cli.output import (
     SCALES_HELP,
     Json,
@@ -137,6 +137,7 @@ def explain(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
+    trust_remote_code: Trust = False,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,7 +167,7 @@ def explain(
             raise InputError(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
-        _explain_live(shown, asked, model, device, dtype, configs[0], out, max_new_tokens, as_json)
+        _explain_live(shown, asked, model, device, dtype, trust_remote_code, configs[0], out, max_new_tokens, as_json)
         return
     _explain(
         images=shown,
@@ -175,6 +176,7 @@ def explain(
         model_name=model,
         device=device,
         dtype=dtype,
+        trust=trust_remote_code,
         configs=configs,
         out=out,
         max_new_tokens=max_new_tokens,
@@ -217,6 +219,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
+    trust_remote_code: Trust = False,
     methods: Annotated[
         str, typer.Option(help="Comma-separated; with scales of their own as in tam@1+1.5+2.")
     ] = "lens,tam,arc,best",
@@ -253,7 +256,7 @@ def evaluate(
         raise InputError(f"--methods is {methods!r}, expected at least one name, for example 'tam,arc'")
     settings = Settings(chosen, words=words, steps=steps, fill=fill.value, seed=seed)
     device = choose_device(device)
-    task = Task(dataset, model, n, prompt, settings, device, dtype.value)
+    task = Task(dataset, model, n, prompt, settings, device, dtype.value, trust_remote_code)
     hide_loading_bars()
     results = run(task, out, workers=workers or _workers(device))
     print(summary(results))
@@ -313,6 +316,7 @@ def _explain(
     as_json: bool,
     open_browser: bool,
     dtype: DtypeName = DtypeName.auto,
+    trust: bool = False,
 ) -> None:
     from fastattr.config import name_of
 
@@ -320,7 +324,7 @@ def _explain(
     device = _check_request(images, prompt, response, device)
     explained: list[fastattr.Attribution] = []
     with tqdm(total=len(configs) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
-        model = _load(model_name, device, dtype, progress)
+        model = _load(model_name, device, dtype, trust, progress)
         progress.update()
         answer: Any = response
         for config in configs:
@@ -341,6 +345,7 @@ def _explain_live(
     model_name: str,
     device: str | None,
     dtype: DtypeName,
+    trust: bool,
     config: fastattr.AttributionConfig,
     out: Path,
     max_new_tokens: int,
@@ -353,7 +358,7 @@ def _explain_live(
     check_streamable(config)
     device = _check_request(images, prompt, None, device)
     with tqdm(disable=True) as progress:  # the tokens are the progress
-        model = _load(model_name, device, dtype, progress)
+        model = _load(model_name, device, dtype, trust, progress)
     streaming = fastattr.stream(model, images, prompt, config=config, max_new_tokens=max_new_tokens)
     if not as_json:
         print(shown_by([config]))
@@ -384,9 +389,9 @@ def _check_request(
     return choose_device(device)
 
 
-def _load(name: str, device: str, dtype: DtypeName, progress: Any) -> Model:
+def _load(name: str, device: str, dtype: DtypeName, trust: bool, progress: Any) -> Model:
     _say(progress, f"loading {name} on {device}")
-    return load_model(name, device, dtype)
+    return load_model(name, device, dtype, trust)
 
 
 _PARTS = re.compile(r"(\d+)")  # text and numbers in turn, so that frame 10 comes behind frame 9
