@@ -32,6 +32,7 @@ from fastattr.cli.output import (
     print_table,
     printable,
     shown_by,
+    signed,
     where,
     write,
 )
@@ -365,7 +366,7 @@ def _explain_live(
         print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
     for step in streaming:
         if not as_json:
-            evidence = "" if step.evidence is None else f"{step.evidence:+.2f}"
+            evidence = signed(step.evidence)
             shown = printable(repr(step.text.strip()))
             print(f"{shown:<14}{evidence:>10}  {math.exp(step.log_prob):>13.3f}  {where(step.image)}", flush=True)
     why = streaming.attribution()
