@@ -24,7 +24,7 @@ class FastattrError(Exception):
 def how_to_install(extra: str) -> str:
     """What to type for an optional dependency group, to end the message of an error.
 
-    fastattr is on no package index, so `pip install fastattr[log]` would fail or fetch somebody else's package.
+    fastattr is on no package index, so `pip install` of its name would fail or fetch somebody else's package.
     """
     return f'in a clone of the fastattr repository run: pip install ".[{extra}]"'
 

@@ -24,6 +24,7 @@ from benchmarks.table import (
     static_table,
 )
 from fastattr.adapters import FAMILIES
+from fastattr.errors import how_to_install
 from fastattr.evaluate import read
 from fastattr.evaluate.tables import methods_table
 from fastattr.log.schema import as_markdown
@@ -89,6 +90,22 @@ def test_the_tree_is_the_tree() -> None:
     for path in (ROOT / "fastattr").iterdir():
         if path.name not in hidden and path.suffix in ("", ".py"):
             assert path in named, f"{path} is not in the README's tree"
+
+
+def test_install_lines_work_from_a_clone() -> None:
+    """fastattr is on no package index: `pip install fastattr[log]` would fail, or fetch another package."""
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    files = [ROOT / "README.md", *(ROOT / "fastattr").rglob("*.py"), *(ROOT / "fastattr").rglob("*.md")]
+    named: set[str] = set()
+    for path in [*files, *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "kernels").rglob("*.md")]:
+        for line in path.read_text().splitlines():
+            assert not re.search(r"fastattr\[\w", line) or path.name == "errors.py", f"{path}: {line}"
+            for groups in re.findall(r'"\.\[([\w,]+)\]"', line):
+                named |= set(groups.split(","))
+            named |= set(re.findall(r"how_to_install\(['\"](\w+)['\"]\)", line))
+    assert named <= extras, f"there are no extras {named - extras}"
+    assert {"log", "eval", "ray", "bench", "test"} <= named
+    assert how_to_install("log").endswith('pip install ".[log]"')
 
 
 def test_links_and_pictures_exist() -> None:

@@ -49,7 +49,7 @@ class Ready:
         return self.n_pixels, len(text_of(self.row.prompt)) + (0 if response is None else len(response))
 
 
-def load_model(name: str, device: str | None) -> Model:
+def load_model(name: str, device: str | None, dtype: str = "auto", *, trust_remote_code: bool = False) -> Model:
     """`fastattr.load`, or whatever `package.module:function` returns when it is called with the device.
 
     Raises:
@@ -62,7 +62,13 @@ def load_model(name: str, device: str | None) -> Model:
         if place is not None and place.type == "cuda" and place.index is not None:
             torch.cuda.set_device(place)  # what allocates without naming a device uses it too
         if ":" not in name or Path(name).exists():
-            return load(name, device=device)
+            trusted: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+            return load(name, device=device, dtype=dtype, **trusted)
+        if dtype != "auto" or trust_remote_code:
+            raise InputError(
+                f"the model {name!r} is a function, which loads what it will; dtype and trust_remote_code are for names that "
+                "fastattr.load takes"
+            )
         model = pkgutil.resolve_name(name)(device)
         check_model(model)
         return model

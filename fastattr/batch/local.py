@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from fastattr.adapters import hide_loading_bars
-from fastattr.batch.explaining import load_model
 from fastattr.batch.output import Failure, open_output
 from fastattr.batch.shards import Job, ShardResult, Stopped, Task, Underway, run_shard
 from fastattr.errors import FastattrError, InputError
@@ -182,7 +181,7 @@ def _work(job: Job, pipe: Connection, threads: int) -> None:
 
     with suppress(Stopped, EOFError, BrokenPipeError, ConnectionResetError):
         try:
-            model, output = load_model(job.plan.model, job.device), open_output(job.out, job.storage_options)
+            model, output = job.load_model(), open_output(job.out, job.storage_options)
             while (task := pipe.recv()) is not None:
                 pipe.send(run_shard(model, job, task, output, step))
         except FastattrError as error:

@@ -51,6 +51,7 @@ class Plan:
 
     Attributes:
         day: on which it was made; parts lie in its folder.
+        dtype: of its weights, as `fastattr.load` takes it.
         model: a name that `fastattr.load` knows, or `package.module:function`, which is called with the device.
         max_new_tokens: longest answer of a row without a response.
         images: as of `LogConfig`.
@@ -68,6 +69,7 @@ class Plan:
     max_new_tokens: int
     shard_rows: int
     limit: int | None
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("shard_rows", "max_new_tokens", "limit"):
@@ -105,7 +107,10 @@ class Plan:
     @property
     def id(self) -> str:
         """12 hex digits, of everything but the day and where the inputs lie."""
-        return hashlib.sha256(json.dumps(self.choices(), sort_keys=True).encode()).hexdigest()[:12]
+        choices = self.choices()
+        if self.dtype == "auto":  # as before it could be chosen
+            del choices["dtype"]
+        return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
 
     def choices(self) -> dict[str, Any]:
         """Everything but the day and where the inputs lie, as JSON has it. Equal for equal outputs."""
@@ -147,7 +152,7 @@ def settle(plan: Plan, output: Output) -> Plan:
         output.write(PLAN, (json.dumps(about, indent=2) + "\n").encode())
         return plan
     try:
-        found = json.loads(stored)
+        found = {"dtype": "auto", **json.loads(stored)}
         if found["fastattr_batch"] != FORMAT:
             raise ValueError(f"format {found['fastattr_batch']}, this version of fastattr goes on with {FORMAT}")
         day = date.fromisoformat(found["day"])

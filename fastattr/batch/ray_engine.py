@@ -19,7 +19,6 @@ import ray
 import ray.exceptions
 
 from fastattr.adapters import hide_loading_bars
-from fastattr.batch.explaining import load_model
 from fastattr.batch.output import Failure, open_output
 from fastattr.batch.shards import Job, ShardResult, Stopped, Task, Underway, run_shard
 from fastattr.errors import FastattrError, InputError
@@ -190,7 +189,7 @@ class _Actor:
         result = None
         try:
             if self._model is None:
-                self._model = load_model(self._job.plan.model, self._job.device)
+                self._model = self._job.load_model()
             with suppress(Stopped):
                 result = run_shard(self._model, self._job, task, self._output, step)
         except FastattrError:

@@ -96,6 +96,8 @@ def run(
     limit: int | None = None,
     max_error_rate: float = 0.05,
     device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     input_options: Mapping[str, Any] | None = None,
     engine: Engine = local.run,
@@ -114,6 +116,7 @@ def run(
         attribution: an `AttributionConfig`, the name of one, or a mapping of options; `arc` by default.
         content, images: what records keep, as of `LogConfig`.
         max_error_rate: share of failed rows above which the batch is given up; see `Summary.outcome`.
+        dtype, trust_remote_code: as of `fastattr.load`.
         device: of the models; by default a GPU for each worker where there are some, else the CPU.
         storage_options, input_options: for fsspec, of the output and of inputs and images.
         stop: ends the batch soon after it is set.
@@ -141,6 +144,7 @@ def run(
         max_new_tokens=max_new_tokens,
         shard_rows=shard_rows,
         limit=limit,
+        dtype=dtype,
     )
     output.check_writable()
     paths = find_inputs([str(name) for name in names], input_options)
@@ -154,7 +158,7 @@ def run(
             for each in sorted(output.shards_with_failures() & earlier.keys())
             for failure in output.read_failures(each)
         ]
-        job = Job(plan, str(out), device, dict(storage_options or {}), dict(input_options or {}))
+        job = Job(plan, str(out), device, dict(storage_options or {}), dict(input_options or {}), trust_remote_code)
         tasks = [Task(shard) for shard in shards if shard.number not in earlier]
         done = sum(earlier.values())
         count = _Count(Progress(plan.n_rows, done, len(failures), done, len(shards), len(earlier)))

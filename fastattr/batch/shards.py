@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from fastattr.batch.explaining import OUT_OF_MEMORY, Ready, backing_off, explain_rows, get_ready
+from fastattr.batch.explaining import OUT_OF_MEMORY, Ready, backing_off, explain_rows, get_ready, load_model
 from fastattr.batch.output import Failure, Output
 from fastattr.batch.plan import Plan, Shard, writer_of
 from fastattr.batch.sources import Fault, Row, read_rows
@@ -48,6 +48,7 @@ class Job:
         device: for the model; None lets `fastattr.load` choose.
         storage_options: of the output.
         input_options: of inputs and images that are URLs.
+        trust_remote_code: as of `fastattr.load`.
     """
 
     plan: Plan
@@ -55,6 +56,11 @@ class Job:
     device: str | None = None
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)  # credentials
     input_options: dict[str, Any] = field(default_factory=dict, repr=False)
+    trust_remote_code: bool = False
+
+    def load_model(self) -> Model:
+        """The model of the plan, on the worker's device. Raises as `explaining.load_model` does."""
+        return load_model(self.plan.model, self.device, self.plan.dtype, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)

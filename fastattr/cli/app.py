@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import fastattr
 from fastattr.cli import batch, log, worker
-from fastattr.cli.loading import Device, Dtype, DtypeName, choose_device, load_model
+from fastattr.cli.loading import Device, Dtype, DtypeName, Trust, choose_device, load_model
 from fastattr.cli.output import (
     SCALES_HELP,
     Json,
@@ -32,6 +32,7 @@ from fastattr.cli.output import (
     print_table,
     printable,
     shown_by,
+    signed,
     where,
     write,
 )
@@ -140,6 +141,7 @@ def explain(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
+    trust_remote_code: Trust = False,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -169,7 +171,7 @@ def explain(
             raise InputError(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
-        _explain_live(shown, asked, model, device, dtype, configs[0], out, max_new_tokens, as_json)
+        _explain_live(shown, asked, model, device, dtype, trust_remote_code, configs[0], out, max_new_tokens, as_json)
         return
     _explain(
         images=shown,
@@ -178,6 +180,7 @@ def explain(
         model_name=model,
         device=device,
         dtype=dtype,
+        trust=trust_remote_code,
         configs=configs,
         out=out,
         max_new_tokens=max_new_tokens,
@@ -220,6 +223,7 @@ def evaluate(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
+    trust_remote_code: Trust = False,
     methods: Annotated[
         str, typer.Option(help="Comma-separated; with scales of their own as in tam@1+1.5+2.")
     ] = "lens,tam,arc,best",
@@ -256,7 +260,7 @@ def evaluate(
         raise InputError(f"--methods is {methods!r}, expected at least one name, for example 'tam,arc'")
     settings = Settings(chosen, words=words, steps=steps, fill=fill.value, seed=seed)
     device = choose_device(device)
-    task = Task(dataset, model, n, prompt, settings, device, dtype.value)
+    task = Task(dataset, model, n, prompt, settings, device, dtype.value, trust_remote_code)
     hide_loading_bars()
     results = run(task, out, workers=workers or _workers(device))
     print(summary(results))
@@ -316,6 +320,7 @@ def _explain(
     as_json: bool,
     open_browser: bool,
     dtype: DtypeName = DtypeName.auto,
+    trust: bool = False,
 ) -> None:
     from fastattr.config import name_of
 
@@ -323,7 +328,7 @@ def _explain(
     device = _check_request(images, prompt, response, device)
     explained: list[fastattr.Attribution] = []
     with tqdm(total=len(configs) + 1, unit="step", disable=not sys.stderr.isatty(), leave=False) as progress:
-        model = _load(model_name, device, dtype, progress)
+        model = _load(model_name, device, dtype, trust, progress)
         progress.update()
         answer: Any = response
         for config in configs:
@@ -344,6 +349,7 @@ def _explain_live(
     model_name: str,
     device: str | None,
     dtype: DtypeName,
+    trust: bool,
     config: fastattr.AttributionConfig,
     out: Path,
     max_new_tokens: int,
@@ -356,14 +362,14 @@ def _explain_live(
     check_streamable(config)
     device = _check_request(images, prompt, None, device)
     with tqdm(disable=True) as progress:  # the tokens are the progress
-        model = _load(model_name, device, dtype, progress)
+        model = _load(model_name, device, dtype, trust, progress)
     streaming = fastattr.stream(model, images, prompt, config=config, max_new_tokens=max_new_tokens)
     if not as_json:
         print(shown_by([config]))
         print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
     for step in streaming:
         if not as_json:
-            evidence = "" if step.evidence is None else f"{step.evidence:+.2f}"
+            evidence = signed(step.evidence)
             shown = printable(repr(step.text.strip()))
             print(f"{shown:<14}{evidence:>10}  {math.exp(step.log_prob):>13.3f}  {where(step.image)}", flush=True)
     why = streaming.attribution()
@@ -387,9 +393,9 @@ def _check_request(
     return choose_device(device)
 
 
-def _load(name: str, device: str, dtype: DtypeName, progress: Any) -> Model:
+def _load(name: str, device: str, dtype: DtypeName, trust: bool, progress: Any) -> Model:
     _say(progress, f"loading {name} on {device}")
-    return load_model(name, device, dtype)
+    return load_model(name, device, dtype, trust)
 
 
 _PARTS = re.compile(r"(\d+)")  # text and numbers in turn, so that frame 10 comes behind frame 9

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from tqdm import tqdm
 
+from fastattr.cli.loading import Dtype, DtypeName, Trust, choose_device
 from fastattr.cli.output import SCALES_HELP, chosen_config, printable
 from fastattr.errors import InputError, how_to_install
 
@@ -68,6 +69,8 @@ def batch(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:1; by default GPUs where there are some.")
     ] = None,
+    dtype: Dtype = DtypeName.auto,
+    trust_remote_code: Trust = False,
     max_error_rate: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Give up when a larger share of the rows fails.")
     ] = 0.05,
@@ -85,6 +88,8 @@ def batch(
     attribution = chosen_config(method, scales, {"evidence": evidence})
     engine, run, fields = _imports(ray)
     if ray is None:
+        if device is not None:
+            choose_device(device)
         engine = partial(engine, workers=workers)
     else:
         engine = partial(engine, address=ray, workers=workers, num_cpus=ray_cpus, num_gpus=ray_gpus)
@@ -103,6 +108,8 @@ def batch(
             limit=limit,
             max_error_rate=max_error_rate,
             device=device,
+            dtype=dtype.value,
+            trust_remote_code=trust_remote_code,
             engine=engine,
             stop=stop,
             tell=tell,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ class DtypeName(str, Enum):
 
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU if there is one.", show_default=False)
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; read it first.")
 ]
 Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; auto: as they were saved.")]
 
@@ -47,10 +50,11 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def load_model(name: str, device: str, dtype: DtypeName) -> Model:
+def load_model(name: str, device: str, dtype: DtypeName, trust: bool) -> Model:
     """`fastattr.load`, without the progress bars of transformers. Raises what it raises."""
     import fastattr
     from fastattr.adapters import hide_loading_bars
 
     hide_loading_bars()
-    return fastattr.load(name, device=device, dtype=dtype.value)
+    trusted: dict[str, Any] = {"trust_remote_code": True} if trust else {}
+    return fastattr.load(name, device=device, dtype=dtype.value, **trusted)

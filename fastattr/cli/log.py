@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastattr.cli.output import Json, as_dict, check_output, print_attributions, print_table, printable, write
+from fastattr.cli.output import Json, as_dict, check_output, print_attributions, print_table, printable, signed, write
 from fastattr.errors import InputError, how_to_install
 
 app = typer.Typer(help="Look at what a logger wrote.", no_args_is_help=True, rich_markup_mode=None)
@@ -52,8 +52,8 @@ def ls(
         [
             (
                 f"{each.time:%Y-%m-%d %H:%M:%S}",
-                _signed(each.mean_evidence),
-                _signed(each.min_evidence),
+                signed(each.mean_evidence),
+                signed(each.min_evidence),
                 each.n_tokens,
                 each.model,
                 each.request_id + (" (error)" if each.error else ""),
@@ -208,10 +208,6 @@ def _when(option: str, text: str | None) -> datetime | None:
             f"{option} is {text!r}, expected a date (2026-11-22), a time (2026-11-22T09:30, UTC unless it says) or how "
             "long ago (12h, 7d)"
         ) from error
-
-
-def _signed(evidence: float | None) -> str:
-    return "" if evidence is None else f"{evidence:+.2f}"
 
 
 def _rounded(value: Any) -> Any:

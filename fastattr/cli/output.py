@@ -132,7 +132,7 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
     print(f"{'token':<14}{'evidence':>10}  {'probability':>13}  where")
     low = set() if why.evidence is None else {target for word in why.low_evidence for target in word.targets[0]}
     for i, token in enumerate(why.tokens):
-        evidence = "" if why.evidence is None else f"{float(why.evidence[i]):+.2f}"
+        evidence = signed(None if why.evidence is None else float(why.evidence[i]))
         mark = "?" if i in low else ""
         print(
             f"{printable(repr(token.strip())):<14}{evidence:>10} {mark:<1}{float(why.log_prob[i].exp()):>13.3f}  {where([maps[i] for maps in why.image])}"
@@ -153,11 +153,16 @@ def shown_by(configs: Sequence[fastattr.AttributionConfig]) -> str:
     return f"method: {first}" + (f"; beside it in the report: {', '.join(others)}" if others else "")
 
 
+def signed(nats: float | None) -> str:
+    """Evidence with two digits; what rounds to zero is +0.00, and None is nothing."""
+    return "" if nats is None else f"{round(nats, 2) + 0.0:+.2f}"
+
+
 def where(image: Sequence[Tensor]) -> str:
     """The strongest place of one token's maps, `[t h w]` for each image, in words."""
     strongest = max(range(len(image)), key=lambda i: float(image[i].max()))
     maps = image[strongest]
-    if float(maps.max()) <= 0:
+    if float(maps.max()) < 0.005:  # which would be shown as 0.00
         return "nowhere"
     t, h, w = maps.shape
     frame, rest = divmod(int(maps.argmax()), h * w)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from fastattr.cli.loading import Device, Dtype, DtypeName, choose_device, load_model
+from fastattr.cli.loading import Device, Dtype, DtypeName, Trust, choose_device, load_model
 from fastattr.cli.log import extras
 from fastattr.errors import InputError
 
@@ -21,6 +21,7 @@ def worker(
     model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
+    trust_remote_code: Trust = False,
     config: Annotated[
         Path | None, typer.Option(help="The logger's options as JSON, where it takes secrets or a moved spool.")
     ] = None,
@@ -45,7 +46,7 @@ def worker(
         signal.signal(number, lambda *_: stop.set())
     device = choose_device(device)
     _say(f"loading {model} on {device}")
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code)
     _say(f"explaining what waits in {spool}")
     stats = work(options, loaded, stop=stop, until_empty=once, said=_say)
     failed = ", ".join(f"{n} {reason}" for reason, n in stats.failed.items())

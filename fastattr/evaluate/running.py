@@ -39,7 +39,7 @@ class Task:
         model: see `load`.
         n: the first samples only; all when None.
         prompt: instead of the dataset's own.
-        device, dtype: of the model, see `load`.
+        device, dtype, trust_remote_code: of the model, see `load`.
     """
 
     dataset: str
@@ -49,6 +49,7 @@ class Task:
     settings: Settings
     device: str | None = None
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def open(self) -> Dataset:
         """The samples, none of them read yet."""
@@ -56,7 +57,8 @@ class Task:
 
     def load(self) -> Model:
         """The model. Raises as `load` of the adapters does."""
-        return load(self.model, device=self.device, dtype=self.dtype)
+        trusted: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        return load(self.model, device=self.device, dtype=self.dtype, **trusted)
 
 
 @dataclass(frozen=True)

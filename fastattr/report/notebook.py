@@ -157,7 +157,7 @@ def to_frame(attribution: Attribution) -> DataFrame:
 def _title(selection: Selection) -> str:
     text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in selection.text)
     shown = text.strip() or repr(selection.text)
-    score = "" if selection.score is None else f"  {selection.score:+.1f}"
+    score = "" if selection.score is None else f"  {round(selection.score, 1) + 0.0:+.1f}"
     return (shown if len(shown) <= 24 else shown[:23] + "…") + score
 
 

@@ -138,6 +138,11 @@ def test_the_command_gives_up_loudly_and_tells_in_json(tmp_path: Path) -> None:
     first, *_, last = map(json.loads, ran.stdout.splitlines())
     assert (first["event"], first["done"], first["total"]) == ("progress", 0, 10)
     assert (last["event"], last["outcome"]) == ("end", "too_many_failures")
+    assert last["written"] + last["failed"] + last["left"] == last["total"] == 10 and last["failed"] == 3
+    assert [(reason["count"], reason["example"]["id"]) for reason in last["reasons"]] == [(3, "scene-0")]
+    ran = run_command(*options, "--max-error-rate", "0.2", code=1)
+    assert "GIVEN UP" in ran.stderr and "10 rows: 0 written, 3 failed, 7 left" in ran.stderr
+    assert "3 x ImageError: image" in ran.stderr and "(id 'scene-0', in.jsonl row 1)" in ran.stderr
     ran = run_command(source, "--out", out, *QUICK, "--shard-rows", "6", code=2)
     assert "SaveError" in ran.stderr and "shard_rows is 5 there and 6 here" in ran.stderr
     assert "Traceback" not in ran.stderr

@@ -56,7 +56,9 @@ def test_where_the_input_lies_does_not_matter_but_its_ids_do(tmp_path: Path) -> 
     plans = []
     for folder, ids in (("here", "abc"), ("there", "abc"), ("other", "abd")):
         (tmp_path / folder).mkdir()
-        path = write_jsonl(tmp_path / folder / "in.jsonl", [{"id": each} for each in ids])
+        path = write_jsonl(
+            tmp_path / folder / "in.jsonl", [{"id": each, "image": "a.png", "prompt": "?"} for each in ids]
+        )
         plans.append(make_plan(scan([str(path)], Fields(), 2)))
     assert plans[0].id == plans[1].id != plans[2].id
 
@@ -71,6 +73,7 @@ CHANGES: dict[str, Any] = {
     "max_new_tokens": 33,
     "shard_rows": 3,
     "limit": 5,
+    "dtype": "bfloat16",
 }
 
 

@@ -28,7 +28,7 @@ from fastattr import AttributionConfig
 from fastattr.adapters import Model, encode
 from fastattr.batch import Progress, Summary, run
 from fastattr.batch.explaining import Ready, backing_off, explain_rows, load_model
-from fastattr.batch.output import open_output
+from fastattr.batch.output import Failure, open_output, reasons_of
 from fastattr.batch.plan import Shard
 from fastattr.batch.running import Engine
 from fastattr.batch.shards import MAX_DEATHS, Job, ShardResult, Task, Underway, run_shard
@@ -253,7 +253,10 @@ def test_rows_that_fail(tmp_path: Path, inline: Engine) -> None:
 
 
 def test_a_shard_without_a_good_row_is_done_all_the_same(tmp_path: Path, inline: Engine) -> None:
-    source, out = write_jsonl(tmp_path / "in.jsonl", [{"id": str(k)} for k in range(3)]), tmp_path / "out"
+    source, out = (
+        write_jsonl(tmp_path / "in.jsonl", [{"id": str(k), "image": None, "prompt": "?"} for k in range(3)]),
+        tmp_path / "out",
+    )
     assert batch(source, out, inline, max_error_rate=1.0).failed == 3
     assert [pq.read_metadata(path).num_rows for path in out.glob("date=*/*.parquet")] == [0]
     diagnosis = examine(out)
@@ -282,6 +285,110 @@ def test_too_many_failures_end_the_batch_and_what_is_there_stays(tmp_path: Path,
     assert batch(source, out, _refusing, max_error_rate=0.1) == replace(gave_up, earlier=8)
     done = batch(source, out, inline, max_error_rate=0.4)
     assert done == Summary("done", total=20, written=12, failed=8, left=0, earlier=8)
+
+
+def test_broken_lines_are_failed_rows_of_the_batch(tmp_path: Path, inline: Engine) -> None:
+    good = [json.dumps({"id": f"g{k}", "image": _data_url(k), "prompt": PROMPT, "response": ANSWER}) for k in range(3)]
+    broken = ['{"id"', "", '{"id": null}', good[0], json.dumps({"id": "x", "image": {"bytes": 3}, "prompt": "?"})]
+    (tmp_path / "in.jsonl").write_text("\n".join([good[0], *broken, *good[1:]]) + "\n")
+    out = tmp_path / "out"
+    summary = batch(tmp_path / "in.jsonl", out, inline, max_error_rate=1.0)
+    assert summary == Summary("done", total=8, written=3, failed=5, left=0, earlier=0)
+    assert records(out)["request_id"].to_pylist() == ["g0", "g1", "g2"]
+    told = [json.loads(line) for path in sorted(out.glob("failed/*")) for line in path.read_text().splitlines()]
+    assert [(each["id"], each["row"]) for each in told] == [
+        *((None, f"in.jsonl row {k}") for k in (2, 3, 4)),
+        ("g0", "in.jsonl row 5"),
+        ("x", "in.jsonl row 6"),
+    ]
+    assert batch(tmp_path / "in.jsonl", out, _refusing, max_error_rate=1.0) == replace(summary, earlier=8)
+
+
+def test_a_decoder_that_raises_anything_fails_its_row(
+    tmp_path: Path, inline: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_scenes(tmp_path / "in.jsonl", 3)
+    ready = fastattr.batch.shards.get_ready
+
+    def strange(row: Row, *options: Any) -> Ready:
+        if row.id == "scene-1":
+            raise ZeroDivisionError("no such number" + "!" * 5000)
+        return ready(row, *options)
+
+    monkeypatch.setattr("fastattr.batch.shards.get_ready", strange)
+    assert batch(source, tmp_path / "out", inline, max_error_rate=1.0).written == 2
+    (told,) = failures(tmp_path / "out").values()
+    assert told["error_type"] == "ZeroDivisionError" and len(told["error"]) == 2000
+
+
+@pytest.mark.parametrize("shard_rows", [4, 100])
+def test_a_batch_that_is_given_up_says_why_and_its_counts_add_up(tmp_path: Path, model: Model, shard_rows: int) -> None:
+    """In the first shard as well, of which nothing is published: its failures are in a file all the same."""
+    rows = [json.loads(line) for line in write_scenes(tmp_path / "in.jsonl", 40).read_text().splitlines()]
+    for k in range(12):
+        rows[k] |= {"image": f"none-{k}.png"} if k % 3 else {"prompt": 3}
+    source, out = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out"
+
+    def engine(
+        job: Job, tasks: Sequence[Task], *, stop: threading.Event
+    ) -> Generator[ShardResult | Underway, None, None]:
+        """As the workers of `local.run`: every step is told, in the order they come."""
+        for task in tasks:
+            told: list[Underway] = []
+            failed: list[Failure] = []
+
+            def step(
+                rows: Sequence[int],
+                done: int,
+                fresh: Sequence[Failure],
+                shard: int = task.shard.number,
+                told: list[Underway] = told,
+                failed: list[Failure] = failed,
+            ) -> None:
+                failed += fresh
+                told.append(Underway(shard, done, tuple(failed)))
+
+            result = run_shard(model, job, task, open_output(str(tmp_path / "elsewhere")), step)
+            yield from told
+            if shard_rows == 4:
+                result = run_shard(model, job, task, open_output(job.out))
+                yield result
+
+    summary = batch(source, out, engine, shard_rows=shard_rows, max_error_rate=0.1)
+    assert summary.outcome == "too_many_failures" and summary.failed > 4
+    assert summary.total == 40 == summary.written + summary.failed + summary.left
+    told = failures(out)
+    assert len(told) == summary.failed == sum(reason.count for reason in summary.reasons)
+    first, second = summary.reasons
+    assert first.count > second.count
+    assert first.example.error_type == "ImageError" and first.example.id == "scene-1"
+    assert "none-1.png" in first.example.error
+    assert second.example.id == "scene-0" and "prompt is 3" in second.example.error
+    again = batch(source, out, _refusing if shard_rows == 4 else engine, shard_rows=shard_rows, max_error_rate=0.1)
+    assert again.reasons == summary.reasons and (again.failed, again.left) == (summary.failed, summary.left)
+    assert batch(source, out, engine, shard_rows=4, max_error_rate=1.0).failed == 12 if shard_rows == 4 else True
+
+
+@given(st.lists(st.sampled_from(["image 'a.png' is gone", "image 'b.png' is gone", "row 7 broke", "row 8 broke", "x"])))
+def test_reasons_count_every_failure_once(errors: list[str]) -> None:
+    told = [Failure(str(k), f"in.jsonl row {k + 1}", "InputError", error, 1) for k, error in enumerate(errors)]
+    reasons = reasons_of(told)
+    assert sum(reason.count for reason in reasons) == len(errors)
+    kinds = {error.split()[0] for error in errors}
+    assert len(reasons) == len(kinds)
+    assert [reason.count for reason in reasons] == sorted((reason.count for reason in reasons), reverse=True)
+    for reason in reasons:
+        kind = reason.example.error.split()[0]
+        assert reason.count == sum(error.split()[0] == kind for error in errors)
+        assert reason.example == next(each for each in told if each.error.split()[0] == kind)
+
+
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_an_output_that_cannot_be_made_is_found_out_before_the_inputs_are_read(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SaveError, match=r"cannot be written: .*file' is a file; choose another --out"):
+        batch(tmp_path / "missing.jsonl", tmp_path / place, _refusing)
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_full_disk_publishes_nothing_of_a_shard(

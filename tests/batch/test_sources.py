@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -281,35 +283,155 @@ def test_a_broken_json_part_of_a_sample_is_a_fault_of_the_row(tmp_path: Path) ->
     assert isinstance(third, Row)
 
 
+GOOD = b'{"id": "good", "image": "a.png", "prompt": "What?"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "id", "reason"),
+    [
+        (b'{"id"', None, "a.jsonl row 2 is not JSON"),
+        (b"[1]", None, "a.jsonl row 2 is a list"),
+        (b"", None, "a.jsonl row 2 is empty"),
+        (b'{"id": "\xff"}', None, "a.jsonl row 2 is not JSON: 'utf-8' codec"),
+        (b"\xff\xfe{\x00}\x00", None, "a.jsonl row 2 is not JSON"),
+        (b'{"prompt": "x"}', None, "a.jsonl row 2 has None as its 'id'"),
+        (b'{"id": null}', None, "a.jsonl row 2 has None as its 'id'"),
+        (b'{"id": 1.5}', None, "a.jsonl row 2 has 1.5"),
+        (b'{"id": 1e999}', None, "a.jsonl row 2 has inf"),
+        (b'{"id": true}', None, "a.jsonl row 2 has True"),
+        (b'{"id": ""}', None, "a.jsonl row 2 has ''"),
+        (b'{"id": ["x"]}', None, "a.jsonl row 2 has ['x']"),
+        (b'{"id": "%s"}' % (b"x" * 2000), None, "a.jsonl row 2: request_id"),
+        (b'{"id": %s}' % (b"1" * 5000), None, "a.jsonl row 2 is not JSON"),
+        (b'{"id": "a", "prompt": %s}' % (b"[" * 100_000), None, "a.jsonl row 2 is not JSON"),
+        (b'{"id": "a", "image": "a.png", "prompt": %s}' % (b"[" * 900 + b"]" * 900), "a", ""),
+        (b'{"id": "good", "image": "b.png", "prompt": "Another?"}', "good", "that of a.jsonl row 1 already"),
+    ],
+)
+def test_a_broken_line_is_a_fault_of_its_row(tmp_path: Path, line: bytes, id: str | None, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(GOOD + line + b"\n" + GOOD.replace(b"good", b"last"))
+    for shard_rows in (1, 2, 3):
+        before, found, after = read(tmp_path / "a.jsonl", shard_rows=shard_rows)
+        assert isinstance(before, Row) and isinstance(after, Row) and after.id == "last"
+        assert isinstance(found, Fault)
+        assert (found.id, found.place, found.number) == (id, "a.jsonl row 2", 1)
+        assert reason in str(found.error)
+
+
+def test_equal_ids_of_text_and_number_are_equal(tmp_path: Path) -> None:
+    first, second = read(write_jsonl(tmp_path / "a.jsonl", [row(id="1"), row(id=1)]))
+    assert isinstance(first, Row) and isinstance(second, Fault) and "a.jsonl row 1 already" in str(second.error)
+
+
+def test_an_id_in_two_files_is_a_fault_of_the_second(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [row(id=str(k)) for k in range(5)])
+    write_parquet(tmp_path / "b.parquet", [row(id=str(k)) for k in (7, 3)])
+    first, second = scan(find_inputs([str(tmp_path)]), Fields(), 2)
+    assert first.repeats == () and second.repeats == ((1, "a.jsonl row 4"),)
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "reason"),
+    [
+        ([{"key": "a", "image": "a.png", "prompt": "?"}], Fields(), "has 'id'; they have image, key, prompt"),
+        (
+            [{"id": "a", "photo": "a.png", "prompt": "?"}],
+            Fields(),
+            "has 'image' or 'images'; they have id, photo, prompt",
+        ),
+        ([{"id": "a", "image": "a.png", "ask": "?"}], Fields(), "has 'prompt' or 'messages'; they have ask, id, image"),
+        ([row(answer="x")], Fields(response="answr"), "has 'answr' or 'response_ids'; they have answer, id"),
+    ],
+)
+def test_a_missing_field_is_named_at_once_with_those_that_exist(
+    tmp_path: Path, rows: list[dict[str, Any]], fields: Fields, reason: str
+) -> None:
+    for path in (write_jsonl(tmp_path / "a.jsonl", rows), write_parquet(tmp_path / "a.parquet", rows)):
+        with pytest.raises(DatasetError) as error:
+            scan([str(path)], fields, 2)
+        expected = "there is no column 'id'" if path.suffix == ".parquet" and "'id'; " in reason else reason
+        assert expected in str(error.value) and path.name in str(error.value)
+
+
+def test_samples_without_any_picture_or_text_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="has 'image' or 'images'"):
+        scan([str(write_tar(tmp_path / "a.tar", [("s.prompt", b"?"), ("t.cls", b"1")]))], Fields(), 2)
+    with pytest.raises(DatasetError, match="has 'prompt' or 'messages'"):
+        scan([str(write_tar(tmp_path / "b.tar", [("s.png", PICTURE)]))], Fields(), 2)
+
+
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        (b'{"id": "a"}\n{"id"\n', "a.jsonl row 2 is not JSON"),
-        (b'{"id": "a"}\n[1]\n', "a.jsonl row 2 is a list"),
-        (b'{"id": "a"}\n\n{"id": "b"}\n', "a.jsonl row 2 is empty"),
-        (b'{"id": "a"}\n{"id": null}\n', "a.jsonl row 2 has None as its 'id'"),
-        (b'{"id": "a"}\n{"id": 1.5}\n', "a.jsonl row 2 has 1.5"),
-        (b'{"id": "a"}\n{"id": true}\n', "a.jsonl row 2 has True"),
-        (b'{"id": "a"}\n{"id": ""}\n', "a.jsonl row 2 has ''"),
-        (b'{"id": "a"}\n{"id": "%s"}\n' % (b"x" * 2000), "a.jsonl row 2: request_id"),
-        (b'\xff\xfe\x00{"id"\n', "a.jsonl row 1 is not JSON"),
         (b"", "no rows in 'a.jsonl'"),
-        (b'{"id": "a"}\n{"id": "b"}\n{"id": "a"}\n', "a.jsonl row 1 and a.jsonl row 3"),
-        (b'{"id": "1"}\n{"id": 1}\n', "a.jsonl row 1 and a.jsonl row 2"),
+        (b"\x00\x01\n[1]\n", "none of the first 2 rows of 'a.jsonl' can be read: a.jsonl row 1 is not JSON"),
+        (GOOD * 4, "more than half of the 4 rows have an id that an earlier row has"),
     ],
 )
-def test_what_cannot_be_accounted_for_is_refused(tmp_path: Path, lines: bytes, reason: str) -> None:
+def test_files_that_are_refused_as_a_whole(tmp_path: Path, lines: bytes, reason: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines)
     with pytest.raises(DatasetError) as error:
         scan([str(tmp_path / "a.jsonl")], Fields(), 2)
     assert reason in str(error.value)
 
 
-def test_an_id_in_two_files_names_both(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [row(id=str(k)) for k in range(5)])
-    write_parquet(tmp_path / "b.parquet", [row(id=str(k)) for k in (7, 3)])
-    with pytest.raises(DatasetError, match=r"'3' is there twice: a\.jsonl row 4 and b\.parquet row 2"):
-        scan(find_inputs([str(tmp_path)]), Fields(), 2)
+def test_text_of_parquet_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    """In a column of text, as some writers leave it there."""
+    values = [b"What?", b"\xff\xfe", b"What?"]
+    text = pa.array(values, pa.binary()).view(pa.string())
+    table = pa.table({"id": ["a", "b", "c"], "image": ["a.png"] * 3, "prompt": text})
+    pq.write_table(table, tmp_path / "a.parquet")
+    first, second, third = read(tmp_path / "a.parquet")
+    assert isinstance(first, Row) and isinstance(third, Row) and third.id == "c"
+    assert isinstance(second, Fault) and second.number == 1 and "cannot be read" in str(second.error)
+
+
+def test_text_of_a_sample_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    files = [("a.png", PICTURE), ("a.prompt", b"\xff"), ("b.png", PICTURE), ("b.prompt", b"What?\n")]
+    first, second = read(write_tar(tmp_path / "a.tar", files))
+    assert (
+        isinstance(first, Fault) and first.id == "a" and "the prompt of the sample cannot be read" in str(first.error)
+    )
+    assert plain(second)[2] == "What?"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+LINES = (
+    st.binary(max_size=30).filter(lambda line: b"\n" not in line)
+    | st.dictionaries(
+        st.sampled_from(["id", "image", "images", "prompt", "messages", "response", "response_ids"]), JSON_VALUES
+    ).map(lambda values: json.dumps(values).encode())
+    | st.sampled_from(["a", "b", "c", 1, 2]).map(lambda id: json.dumps(row(id=id)).encode())
+)
+
+
+@given(lines=st.lists(LINES, max_size=12), shard_rows=st.integers(1, 5), ended=st.booleans())
+def test_every_line_is_accounted_for_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], shard_rows: int, ended: bool
+) -> None:
+    """Whatever the lines hold: each is a row or a fault, in order, and an id is that of one row at most."""
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    good = [json.dumps(row(id=f"good {k}")).encode() for k in range(len(lines) + 1)]
+    written = [*good, *lines]
+    path.write_bytes(b"\n".join(written) + (b"\n" if ended else b""))
+    while not written[-1].strip():  # empty lines at the end are none
+        written.pop()
+    found = read(path, shard_rows=shard_rows)
+    assert [each.number for each in found] == list(range(len(written)))
+    assert [each.place for each in found] == [f"a.jsonl row {k + 1}" for k in range(len(written))]
+    rows = [each for each in found if isinstance(each, Row)]
+    assert len({each.id for each in rows}) == len(rows)
+    for each, line in zip(found, written, strict=True):
+        if isinstance(each, Row):
+            assert str(json.loads(line)["id"]) == each.id
+        else:
+            assert str(each.error)
 
 
 def test_folders_and_indexes(tmp_path: Path) -> None:

@@ -225,8 +225,11 @@ def test_device_and_dtype_reach_the_model(
     monkeypatch.setattr("fastattr.evaluate.running.load", note)
     words = tuple(word.format(picture=picture, folder=picture.parent) for word in words)
     dtype = () if words[0] == "demo" else ("--dtype", "bfloat16")
-    assert run(monkeypatch, *words, "--device", "cpu", *dtype) == 2
-    expected = {"device": "cpu", "dtype": "bfloat16" if dtype else "auto"}
+    trust = ("--trust-remote-code",) if dtype else ()
+    assert run(monkeypatch, *words, "--device", "cpu", *dtype, *trust) == 2
+    expected = {"device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}
+    if not dtype:
+        expected = {"device": "cpu", "dtype": "auto"}
     assert asked == [("shapes", expected)]
     assert "with shapes on cpu" in (said := capsys.readouterr().err) or "loading shapes on cpu" in said
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 
 import fastattr
+from fastattr.adapters.model import BUNDLED
 from fastattr.datasets import Dataset, Mention, Sample
 from fastattr.datasets.scenes import open_scenes
 from fastattr.errors import DatasetError, InputError, SaveError
@@ -236,6 +239,94 @@ def test_without_a_noun_there_is_no_table_of_methods(tmp_path: Path, monkeypatch
     results = run(Task("faulty", "shapes", None, None, QUICK), tmp_path / "out.jsonl")
     assert len(results.judged) == 1
     assert "|" not in summary(results) and draw(results, tmp_path / "out.jsonl") == []
+
+
+def folder(root: Path, n: int) -> Path:
+    """Pictures with masks and captions, as a user lays them out."""
+    for part in ("images", "captions"):
+        (root / part).mkdir(parents=True)
+    for k in range(n):
+        picture = Image.new("RGB", (96, 96), "white")
+        picture.paste("red", (10 + 5 * k, 10, 50 + 5 * k, 50))
+        picture.save(root / "images" / f"p{k}.png")
+        (root / "masks" / f"p{k}").mkdir(parents=True)
+        picture.convert("L").point(lambda value: 255 * (value < 200)).save(root / "masks" / f"p{k}" / "square.png")
+        (root / "captions" / f"p{k}.txt").write_text("A red square.")
+    return root
+
+
+def _mask(root: Path) -> None:
+    Image.new("L", (96, 96), 255).save(root / "masks" / "p1" / "square.png")
+
+
+def _another_mask(root: Path) -> None:
+    Image.new("L", (96, 96), 255).save(root / "masks" / "p1" / "ring.png")
+
+
+def _picture(root: Path) -> None:
+    path = root / "images" / "p1.png"
+    before = path.stat()
+    picture = Image.open(path).convert("RGB")
+    picture.putpixel((0, 0), (254, 255, 255))
+    picture.save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # its time tells nothing
+
+
+def _caption(root: Path) -> None:
+    (root / "captions" / "p1.txt").write_text("A red circle.")
+
+
+@pytest.mark.parametrize("change", [_mask, _another_mask, _picture, _caption])
+def test_a_changed_sample_is_judged_again_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], None]
+) -> None:
+    root, out = folder(tmp_path / "mine", 3), tmp_path / "out.jsonl"
+    asked = Task(str(root), "shapes", None, None, replace(QUICK, words=0))
+    first = run(asked, out)
+    assert [row.id for row in first.judged] == ["p0", "p1", "p2"]
+    for path in root.rglob("*.png"):
+        path.touch()  # another time is no change
+    before = out.read_bytes()
+    assert run(asked, out).judged == first.judged and out.read_bytes() == before
+    capsys.readouterr()
+    change(root)
+    again = run(asked, out)
+    assert "1 sample has changed since and will be judged again: p1" in capsys.readouterr().err
+    assert [line["id"] for line in lines(out)[4:]] == ["p1"]
+    fresh = run(asked, tmp_path / "fresh.jsonl")
+    assert again.judged == fresh.judged == read(out).judged
+    assert [a == b for a, b in zip(again.judged, first.judged, strict=True)] == [True, False, True]
+
+
+def test_a_changed_model_is_refused_with_the_files_that_changed(tmp_path: Path) -> None:
+    model_folder, out = tmp_path / "mine", tmp_path / "out.jsonl"
+    shutil.copytree(BUNDLED["shapes"], model_folder)
+    asked = replace(task(1), model=str(model_folder))
+    first = run(asked, out)
+    moved = tmp_path / "elsewhere" / "mine"
+    shutil.copytree(model_folder, moved)
+    assert run(replace(asked, model=str(moved)), out) == first  # where it lies does not matter
+    (model_folder / "calibration.json").unlink()
+    assert run(asked, out) == first  # nor what is said of its evidence
+    config = json.loads((model_folder / "generation_config.json").read_text())
+    (model_folder / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
+    with pytest.raises(
+        SaveError, match=r"the model 'mine' has changed since .* was begun: generation_config\.json; choose"
+    ):
+        run(asked, out)
+    with pytest.raises(SaveError, match='another dtype: "auto" there, "float32" asked for'):
+        run(replace(asked, dtype="float32"), out)
+
+
+def test_a_folder_without_any_mask_is_refused_at_once(tmp_path: Path) -> None:
+    root = folder(tmp_path / "mine", 2)
+    shutil.rmtree(root / "masks")
+    (root / "masks").mkdir()
+    with pytest.raises(
+        DatasetError, match=r"holds no mask for any of the 2 pictures, .* for example p0/red_circle\.png"
+    ):
+        run(Task(str(root), "shapes", None, None, QUICK), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_a_file_that_cannot_be_written_is_said_so(tmp_path: Path) -> None:
