@@ -62,8 +62,7 @@ def load_model(name: str, device: str | None, dtype: str = "auto", *, trust_remo
         if place is not None and place.type == "cuda" and place.index is not None:
             torch.cuda.set_device(place)  # what allocates without naming a device uses it too
         if ":" not in name or Path(name).exists():
-            trusted: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-            return load(name, device=device, dtype=dtype, **trusted)
+            return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if dtype != "auto" or trust_remote_code:
             raise InputError(
                 f"the model {name!r} is a function, which loads what it will; dtype and trust_remote_code are for names that "

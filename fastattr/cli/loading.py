@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -56,5 +56,4 @@ def load_model(name: str, device: str, dtype: DtypeName, trust: bool) -> Model:
     from fastattr.adapters import hide_loading_bars
 
     hide_loading_bars()
-    trusted: dict[str, Any] = {"trust_remote_code": True} if trust else {}
-    return fastattr.load(name, device=device, dtype=dtype.value, **trusted)
+    return fastattr.load(name, device=device, dtype=dtype.value, trust_remote_code=trust)
