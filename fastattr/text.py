@@ -230,9 +230,9 @@ def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Sp
 
 
 def _ordinary(alone: Mapping[int, str], decode: Decode) -> list[int]:
-    """Ids of tokens that write some text of their own whatever stands behind them, words first."""
-    found = [id for id, text in alone.items() if text.strip() and _BROKEN not in text]
-    found.sort(key=lambda id: not alone[id].strip().isalnum())
+    """Ids of tokens that write the same text whatever stands behind them: words first, white space last."""
+    found = [id for id, text in alone.items() if _BROKEN not in text]
+    found.sort(key=lambda id: (not alone[id].strip().isalnum(), not alone[id].strip()))
     broken = next((id for id, text in alone.items() if _BROKEN in text), None)
     if broken is None:
         return found

@@ -144,6 +144,14 @@ def test_the_text_is_what_the_tokenizer_decodes(kind: str, data: st.DataObject) 
     check_tiling(found)
 
 
+def test_a_space_between_bytes_belongs_to_its_own_token() -> None:
+    """No token here writes a word, so only the space itself can stand in front while tokens are decoded alone."""
+    ids = [259, 227, 167, 169, 259, 51]
+    found = decode_tokens(ids, decoder_of(tokenizer_of("byte_fallback")))
+    assert found.text == whole("byte_fallback", ids) == "\u0926 0"
+    assert found.tokens[-2:] == (" ", "0")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
