@@ -6,9 +6,11 @@ know nothing, but their image tokens lie on the picture exactly as in the real o
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -544,6 +546,17 @@ TINY: Mapping[str, Callable[[], Tiny]] = {
     "internvl": internvl,
     "gemma3": gemma3,
 }
+
+
+def installed_half(processor: Any, directory: Path, **settings: Any) -> Any:
+    """The processor with the image half that transformers itself loads from there: torchvision's where it is installed,
+    which resizes otherwise than Pillow."""
+    images = transformers.AutoImageProcessor.from_pretrained(directory, **settings)
+    if is_dataclass(processor) and not isinstance(processor, type):
+        return replace(processor, image_processor=images)
+    as_loaded = copy.copy(processor)
+    as_loaded.image_processor = images
+    return as_loaded
 
 
 def picture(height: int = 67, width: int = 91, seed: int = 0) -> Image.Image:

@@ -35,7 +35,7 @@ from tests.engine.families.tiny_llava_next import (
     llava_onevision,
     llava_onevision_shrunk,
 )
-from tests.engine.family_models import ANSWER, PROMPT, picture
+from tests.engine.family_models import ANSWER, PROMPT, installed_half, picture
 from tests.engine.test_wrap_load import saved
 
 VIDEO = "the processor: it needs torchvision for video"
@@ -312,7 +312,8 @@ def test_load_joins_the_halves_of_the_processor(row: Row, tmp_path: Path) -> Non
     held = row.make()
     directory = saved(tmp_path, held, held.processor.image_processor, None)
     pictures = [picture(67, 91), picture(30, 200)]
-    loaded, wrapped = fastattr.load(directory), fastattr.wrap(held.hf_model, held.processor)
+    loaded = fastattr.load(directory)
+    wrapped = fastattr.wrap(held.hf_model, installed_half(held.processor, directory))
     ours, theirs = (fastattr.attribute(model, pictures, PROMPT, ANSWER, scales=(1.0,)) for model in (loaded, wrapped))
     assert ours.context_tokens == theirs.context_tokens
     for mine, other in zip(ours.image, theirs.image, strict=True):

@@ -14,7 +14,7 @@ import fastattr
 from fastattr import adapters
 from fastattr.adapters.processors import ComposedProcessor, grid_tokens, load_processor
 from fastattr.images import read_visuals
-from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, wrap
+from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove
 from tests.engine.families.tiny_patches import (
     KimiImages,
     ernie4_5_vl_moe,
@@ -26,7 +26,7 @@ from tests.engine.families.tiny_patches import (
     paddleocr_vl,
     video_llama_3,
 )
-from tests.engine.family_models import ANSWER, PROMPT, Tiny, picture
+from tests.engine.family_models import ANSWER, PROMPT, Tiny, installed_half, picture
 
 VIDEO = "the video processor, which needs torchvision"
 
@@ -161,7 +161,9 @@ def test_load(tmp_path: Path, row: Row) -> None:
     loaded = fastattr.load(tmp_path)
     pictures = [picture(), picture(40, 72)]
     ours = adapters.encode(loaded, read_visuals(pictures), PROMPT)
-    theirs = adapters.encode(wrap(row), read_visuals(pictures), PROMPT)
+    theirs = adapters.encode(
+        fastattr.wrap(held.hf_model, installed_half(held.processor, tmp_path)), read_visuals(pictures), PROMPT
+    )
     assert ours.groups == theirs.groups and torch.equal(ours.input_ids, theirs.input_ids)
     for name, value in ours.model_inputs.items():
         torch.testing.assert_close(value, theirs.model_inputs[name])

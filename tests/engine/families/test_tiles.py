@@ -35,7 +35,7 @@ from tests.engine.families.tiny_tiles import (
     qianfan_ocr,
     smolvlm_tiles,
 )
-from tests.engine.family_models import ANSWER, PROMPT, DuckProcessor, picture
+from tests.engine.family_models import ANSWER, PROMPT, DuckProcessor, installed_half, picture
 
 # By hand, of a picture of 67 x 91 and tiles of 32 x 32: it is made 94 x 128 pixels (3 x 4 tiles) or 70 x 96 (3 x 3);
 # 2 x 3 tiles come nearest to its form; shrunk to 64 x 86 it is laid into 64 x 96, of which 5 columns of cells are left.
@@ -282,6 +282,9 @@ def test_a_batch_and_a_decoder_read_what_a_replay_reads(row: Row) -> None:
     prove_other_ways(wrap(row), [picture(), picture(120, 40), picture(67, 91, seed=3)])
 
 
+ASKED_FOR = ("return_row_col_info", "crop_to_patches")  # by the joint class, not in the directory
+
+
 @pytest.mark.parametrize(
     ("make", "processor_class"),
     [
@@ -303,15 +306,12 @@ def test_load_joins_the_halves_of_a_processor(tmp_path: Path, make: Any, process
             part.save_pretrained(tmp_path)
             file = tmp_path / f"{name}_config.json"
             settings = json.loads(file.read_text())
-            for option in (
-                "return_row_col_info",
-                "crop_to_patches",
-            ):  # which the joint class asks for, not the directory
+            for option in ASKED_FOR:
                 settings.pop(option, None)
             file.write_text(json.dumps({**settings, "processor_class": processor_class}))
-    model = fastattr.load(tmp_path)
-    ours, theirs = (
-        read(each, [picture(), picture(120, 40)])[0] for each in (model, fastattr.wrap(held.hf_model, held.processor))
-    )
+    images = held.processor.image_processor
+    asked_for = {option: getattr(images, option) for option in ASKED_FOR if hasattr(images, option)}
+    expected = fastattr.wrap(held.hf_model, installed_half(held.processor, tmp_path, **asked_for))
+    ours, theirs = (read(each, [picture(), picture(120, 40)])[0] for each in (fastattr.load(tmp_path), expected))
     assert ours.groups == theirs.groups
     assert ours.input_ids.tolist() == theirs.input_ids.tolist()
