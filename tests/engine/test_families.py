@@ -553,5 +553,21 @@ def test_a_processor_that_returns_no_ids(qwen: fastattr.Model) -> None:
 def test_a_template_that_rewrites_the_prompt(qwen: fastattr.Model) -> None:
     held = tiny.qwen2_vl()
     held.processor.tokenizer.chat_template = tiny.QWEN_CHAT.replace("part['text']", "part['text'] | upper")
-    with pytest.raises(fastattr.TokenLayoutError, match=r"is not in the text the model reads, .*WHERE IS"):
-        fastattr.attribute(fastattr.wrap(held.hf_model, held.processor), picture(), PROMPT, ANSWER)
+    model = fastattr.wrap(held.hf_model, held.processor)
+    why = fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=(1.0,), evidence=False)
+    said = why.context_tokens[: -len(why)]
+    assert "".join(said).strip() == PROMPT.upper()  # context is what the model reads
+
+
+def test_a_processor_that_reads_something_else(qwen: fastattr.Model) -> None:
+    """Behind the template: what was said is nowhere in the tokens."""
+
+    class Deaf(tiny.DuckProcessor):
+        def __call__(self, text: Any, images: Any, return_tensors: str = "pt") -> dict[str, Any]:
+            heard = [each.replace("red circle", "blue square") for each in text]
+            return super().__call__(text=heard, images=images, return_tensors=return_tensors)
+
+    duck = qwen.processor
+    deaf = Deaf(duck.tokenizer, duck.read_images, duck.placeholder, duck.expand)
+    with pytest.raises(fastattr.TokenLayoutError, match=r"is not in the text the model reads, .*blue square"):
+        fastattr.attribute(fastattr.wrap(qwen.hf_model, deaf), picture(), PROMPT, ANSWER)
