@@ -244,7 +244,7 @@ def check_prompt(model: Model, encoded: EncodedExample, prompt_ids: Sequence[int
         TokenLayoutError: the prompts differ; the message shows where.
     """
     try:
-        ids = torch.as_tensor(prompt_ids).flatten()
+        ids = torch.as_tensor(prompt_ids, device="cpu").flatten()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"prompt_ids is a {type(prompt_ids).__name__}, expected token ids: {error}") from error
     if ids.is_floating_point() or ids.dtype == torch.bool or len(ids) == 0:
