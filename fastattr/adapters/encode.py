@@ -371,6 +371,7 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
         looks_of(model.family, Shown(model.config, model.processor, inputs, images)) if images else [],
         video_looks_of(model.family, Shown(model.config, model.processor, inputs, videos, n_frames)) if videos else [],
     )
+    _check_frames(model, n_frames, looks[1])
     _drop_repeated_bos(inputs, model.processor.tokenizer)
     if images:
         _fit_placeholders(inputs, model.image_token_id, [look.n_placeholders for each in looks[0] for look in each])
@@ -402,6 +403,22 @@ def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:
             known = {"total_num_frames": timing.total, "fps": timing.fps, "frames_indices": list(timing.indices)}
             told.append(known)
     return {"video_metadata": told}
+
+
+def _check_frames(model: Model, n_frames: Sequence[int], videos: Sequence[Looks]) -> None:
+    """That a processor shows every frame, where the model's configuration says how many become a time step.
+
+    Raises:
+        TokenLayoutError: it left some out, as processors do that sample and cannot be told otherwise.
+    """
+    depth = getattr(getattr(model.config, "vision_config", None), "temporal_patch_size", None)
+    for n, looks in zip(n_frames, videos, strict=False):  # their number is checked with that of images
+        steps = looks[0].grid[0]
+        if depth is not None and steps * depth < n:
+            raise TokenLayoutError(
+                f"{type(model.processor).__name__} shows a video of {n} frames in {steps} time steps of {depth} frames: it left "
+                "frames out; let it take do_sample_frames=False, or give it the frames to be shown"
+            )
 
 
 def _least(model: Model) -> str:

@@ -95,13 +95,14 @@ OF_TWO = {"size": {"shortest_edge": 512, "longest_edge": 2 * 64 * 64}}  # GLM co
 
 @OLD_NAMES
 @NUMPY
-@pytest.mark.parametrize("joined", [False, True], ids=["composed", "joint"])
 @pytest.mark.parametrize(
     ("make", "options", "expected"),
     [
         (tiny_qwen.qwen2_vl, PIXELS, (3, 4)),
+        (lambda: qwen("qwen2_vl"), PIXELS, (3, 4)),
         (tiny_qwen.glm4v, OF_TWO, (3, 4)),
-        (tiny_qwen.glm46v, OF_TWO, (3, 4)),
+        (lambda: qwen("glm4v"), OF_TWO, (3, 4)),
+        (lambda: qwen("glm46v"), OF_TWO, (3, 4)),
         (tiny_patches.paddleocr_vl, PIXELS, (3, 4)),
         (tiny_patches.ernie4_5_vl_moe, AREA, (3, 4)),
         (tiny_patches.hunyuan_vl, PIXELS, (3, 4)),
@@ -111,13 +112,9 @@ OF_TWO = {"size": {"shortest_edge": 512, "longest_edge": 2 * 64 * 64}}  # GLM co
     ],
 )
 def test_the_default_explains_at_every_scale(
-    make: Callable[[], Tiny], options: dict[str, Any], expected: tuple[int, int], joined: bool, tmp_path: Path
+    make: Callable[[], Tiny], options: dict[str, Any], expected: tuple[int, int], tmp_path: Path
 ) -> None:
-    held = make()
-    kind = held.hf_model.config.model_type
-    if joined and kind in JOINT:
-        held = Tiny(held.hf_model, real(JOINT[kind], held.processor))
-    model = limited(held, tmp_path, **options)
+    model = limited(make(), tmp_path, **options)
     why = fastattr.attribute(model, picture(300, 400), PROMPT, ANSWER, evidence=False)
     rows, columns = expected
     assert [grid[0] for grid in why.grids] == [(1, round(rows * s), round(columns * s)) for s in SCALES]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fastattr
 from fastattr import adapters
-from fastattr.errors import ScaleError
+from fastattr.adapters.processors import FilmProcessor
+from fastattr.errors import ScaleError, TokenLayoutError
 from fastattr.images import read_visuals
 from tests.engine.families import tiny_llava, tiny_others, tiny_patches, tiny_qwen, tiny_tiles
 from tests.engine.families.proof import prove_places
@@ -74,3 +77,19 @@ def test_options_of_loading_are_read_where_transformers_reads_them(
         setattr(model.processor.image_processor, name, value)  # changes nothing
     encoded = adapters.encode(model, read_visuals(picture(60, 180)), PROMPT)
     assert len(encoded.groups[0].views) == n_views
+
+
+class Sampling(FilmProcessor):
+    """Shows every second frame, and cannot be told otherwise."""
+
+    def __call__(self, text: Any, images: Any = (), return_tensors: str = "pt", videos: Any = ()) -> Any:  # type: ignore[override]
+        return super().__call__(text, images, return_tensors, [frames[::2] for frames in videos])
+
+
+@pytest.mark.parametrize("make", [tiny_qwen.qwen2_vl, tiny_qwen.qwen3_vl, tiny_qwen.glm46v])
+def test_frames_that_a_processor_leaves_out_are_missed(make: Callable[[], Tiny]) -> None:
+    held = make()
+    parts = {field.name: getattr(held.processor, field.name) for field in fields(held.processor)}
+    model = fastattr.wrap(held.hf_model, Sampling(**parts))
+    with pytest.raises(TokenLayoutError, match="a video of 8 frames in 2 time steps of 2 frames: it left frames out"):
+        adapters.encode(model, read_visuals([[picture(64, 96, seed) for seed in range(8)]]), PROMPT)

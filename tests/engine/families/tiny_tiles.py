@@ -137,7 +137,7 @@ def _minicpm_processor() -> ComposedProcessor:
 
 def _minicpm_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """With a decoder of one layer of linear and one of full attention."""
-    text = tiny._llama(384, head_dim=8, **HYBRID)
+    text = tiny._llama(384, **HYBRID)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
     text |= {"model_type": "qwen3_5_text", "rope_parameters": {**rope, **text.pop("rope")}}
     return {
