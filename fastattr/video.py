@@ -1,6 +1,6 @@
 """Videos from files: which frames are taken of a movie or an animated picture, and when they were taken.
 
-Movies are read by PyAV (`pip install 'fastattr[video]'`). Of a movie so many frames a second are taken, between so many,
+Movies are read by PyAV (`pip install av`). Of a movie so many frames a second are taken, between so many,
 as qwen-vl-utils and transformers' Qwen processors do by default; of an animated picture all.
 """
 
@@ -206,8 +206,7 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise ImageError(
-            f"{name} is a video, and reading its frames needs PyAV: pip install 'fastattr[video]', or pass its frames as a "
-            "list"
+            f"{name} is a video, and reading its frames needs PyAV: pip install av, or pass its frames as a list"
         ) from error
     with decoder_errors(name), av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         if not container.streams.video:
