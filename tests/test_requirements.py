@@ -1,0 +1,32 @@
+"""The locked releases are such as pyproject.toml allows, and can be installed from any index."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+LINES = (ROOT / "requirements" / "test.txt").read_text().splitlines()
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_every_line_is_one_release() -> None:
+    for line in LINES:
+        assert line.startswith("# ") or re.fullmatch(r"[a-z0-9.-]+==[0-9][0-9a-z.]*", line), line
+    assert "torch==2.13.0" in LINES
+
+
+def test_what_is_declared_is_locked() -> None:
+    locked = dict(line.split("==") for line in LINES if "==" in line)
+    wanted = [*PROJECT["dependencies"]]
+    for extra in ("test", "log", "ray", "video"):
+        wanted += PROJECT["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name not in ("fastattr", "triton"):  # each build of torch brings its own Triton
+            assert requirement.specifier.contains(locked[name]), requirement
