@@ -53,25 +53,25 @@ def attribute(
     Args:
         model: from `load` or `wrap`.
         image: a path, PIL image, array or encoded bytes; a list of them for several images; a list
-            that holds lists of frames for videos. A path or bytes of a movie (mp4, webm, ...) are a video too, read with
-            PyAV. URLs are not fetched. None where the messages hold them. PIL images and arrays are shown to the model as
-            they lie; files and bytes are turned upright first, as their EXIF orientation says.
+            that holds lists of frames for videos. The path or bytes of a movie (mp4, webm, ...) are a video too, read
+            with PyAV. URLs are not fetched. None where the messages hold them. The EXIF orientation is applied to files
+            and bytes, and ignored for PIL images and arrays.
         prompt: the user's text, with all images before it. For several turns, images between words, a system prompt or
-            tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context. See
-            `fastattr.parts` for what a part of a message may hold.
-        response: text, or token ids that are never re-tokenised; the end tokens behind the last word are left out. None
-            lets the model answer: by its own `generate` and `generation_config`, but greedily, at most `max_new_tokens`.
+            tools: messages as chat templates take them, or a `fastattr.Chat`. The texts of all turns are context.
+            See `fastattr.parts` for what a part of a message may hold.
+        response: text, or token ids that are never re-tokenised; trailing end tokens are dropped. None lets the model
+            answer with its own `generate` and `generation_config`, but greedily, with at most `max_new_tokens`.
         config: an `AttributionConfig` or the name of one: `lens`, `tam`, `arc` (the default) or `best`, at other scales as
-            in `"tam@1+1.5+2"`. `best` has the most exact maps and takes 50 more forwards a picture.
+            in `"tam@1+1.5+2"`. `best` has the most exact maps and takes 50 more forwards per picture.
         generate_options: further arguments of `generate` for the model's own answer: `logits_processor`,
             `stopping_criteria`, `num_beams`, `do_sample=True`, ... What fastattr sets itself is refused.
         targets: explain these tokens alone: `"fields"` for the values of a JSON answer, words, indices, a compiled
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
-        prompt_ids: the token ids that the response was written to, by whatever engine. Where the prompt here is not the
-            same, for example because the engine gave its chat template other options, it is an error. A run of image
-            placeholders counts as one, since some engines return one a picture.
+        prompt_ids: token ids of the prompt, from the engine that generated the response. It is an error if the prompt here
+            differs, for example because the engine passed other options to its chat template. A run of image
+            placeholders counts as one, since some engines return one per picture.
         **changes: options of `AttributionConfig` that replace those of `config`; `method="best"` is `config="best"`.
 
     Returns:
@@ -117,7 +117,7 @@ def attribute_batch(
     Args:
         rows: image or images, prompt and response of each, as for `attribute`.
         config: an `AttributionConfig` or the name of one, as for `attribute`.
-        generate_options: as for `attribute`, of every row without a response; their objects are used for all of them.
+        generate_options: as for `attribute`, used for every row without a response; the same objects are used for all.
         targets: as for `attribute`, of every row.
         prompt_ids: as for `attribute`, one for each row.
         **changes: options that replace those of `config`, as for `attribute`.
@@ -153,7 +153,7 @@ def attribute_batch(
 
 
 def _for_model(config: AttributionConfig, model: Model) -> AttributionConfig:
-    """What the configuration leaves open filled in from the model. Raises `InputError`."""
+    """The configuration with what it leaves open taken from the model. Raises `InputError`."""
     if config.compat is not None:
         raise InputError(
             f"compat={config.compat!r} is for attribute_states; a model's answers are explained without it"
@@ -264,8 +264,8 @@ def attribute_states(
         output_embeddings: `[vocab dim]`, or an `OutputHead` with bias, scale and soft-cap.
         input_ids: int `[seq]`, prompt then response; one for each scale.
         layout: which positions are what; one for each scale.
-        config: an `AttributionConfig` or the name of one, `tam` by default. It must name the scales that the states were
-            read at, as `arc@1` does: nobody else knows them.
+        config: an `AttributionConfig` or the name of one, `tam` by default. It must name the scales of the states, as
+            `arc@1` does.
         tokenizer: for token texts; ids are shown without one.
         image: pictures for overlays; maps are the same without them.
         **changes: options that replace those of `config`, as for `attribute`. `compat="tam"` reproduces the reference
@@ -277,11 +277,11 @@ def attribute_states(
     """
     chosen = replace(configure(config, changes, default="tam"), evidence=False)
     if changes.get("evidence"):
-        raise InputError("evidence=True blanks the images and asks the model, which is not here; use attribute")
+        raise InputError("evidence=True needs a forward of the model with the images blanked; use attribute")
     _refuse_without_model(chosen, "use attribute, or leave it out")
     if chosen.scales is None:
         raise InputError(
-            "scales is None, the model's own, but only you know at which the states were read; name them, for one scale "
+            "scales is None, the model's own, but there is no model here; name the scales of the states, for one scale "
             "config='arc@1' or scales=(1.0,)"
         )
     scales = chosen.scales
@@ -331,18 +331,18 @@ def attribute_captured(
     Args:
         states: from `capture`.
         out: the sequence `[1 seq]` or the output object of `generate`; its end tokens are not explained.
-        image: pictures for overlays and evidence, as the processor was given them: a PIL image that was opened by
-            `PIL.Image.open` lies as in its file, while fastattr turns a path upright.
+        image: pictures for overlays and evidence, exactly as the processor was given them: `PIL.Image.open` ignores the
+            EXIF orientation of a file, while fastattr applies it to a path.
         prompt: the user's text, or the messages, to tell them from the chat template.
-        config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open are the one that was
-            captured. Its evidence does not count, since that takes a forward: ask with `evidence=True`.
+        config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open mean the captured
+            one. Its `evidence` is ignored, since that takes a forward: pass `evidence=True` as an option.
         **changes: options that replace those of `config`, as for `attribute`. `evidence=True` runs one forward of the
             same tokens with the image blanked and needs `image`.
 
     Raises:
         InputError: nothing was captured, `out` holds several sequences, `image` is not what `generate` was given, or the
-            configuration asks for more than was captured (other scales, another layer, or `regions`), or the model has
-            changed since.
+            configuration asks for more than was captured (other scales, another layer, `regions` or `compat`), or the
+            model has changed since.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     from fastattr.adapters import captured_reading, explaining, template_notes
@@ -397,7 +397,9 @@ def attribute_captured(
 def _refuse_without_model(config: AttributionConfig, instead: str) -> None:
     """Raises `InputError` where the configuration needs other states than those of the last layer, or another forward."""
     if config.regions:
-        raise InputError(f"regions={config.regions} hides parts of the images and asks the model again; {instead}")
+        raise InputError(
+            f"regions={config.regions} hides parts of the images and needs more forwards of the model; {instead}"
+        )
     if config.layer != -1:
         raise InputError(f"layer={config.layer}, but the states are those of the last layer, -1; {instead}")
 

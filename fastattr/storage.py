@@ -42,14 +42,12 @@ _TEXTS = (
     "versions",
 )
 _SHAPES = ("grids", "extents", "picture_sizes")
-_LATER = ("special", "reasoning")  # files from before there were any do not say
-
-
+_LATER = ("special", "reasoning")  # missing in files of earlier versions
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def is_litter(path: str) -> bool:
-    """Whether a file is one that macOS or Windows leave beside others: `._x`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`."""
+    """Whether a file is a by-product of macOS or Windows: `._x`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`, `desktop.ini`."""
     return any(part in _LITTER or part.startswith("._") for part in path.replace("\\", "/").split("/"))
 
 
@@ -115,7 +113,7 @@ def load(path: str | Path) -> Attribution:
     values |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
     values |= {name: _frozen(manifest[name]) for name in _TEXTS + _SHAPES}
     values |= {name: _frozen(manifest.get(name, [])) for name in _LATER}
-    calibration = manifest.get("calibration")  # the same
+    calibration = manifest.get("calibration")  # missing in files of earlier versions
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
@@ -184,7 +182,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before the work whether `whole_file` could write there. Nothing is left behind, an old file stays.
+    """Check that `whole_file` could write there, without changing anything.
 
     Raises:
         SaveError: it could not: the folder is missing or read-only, `path` is a directory, or its name is too long.

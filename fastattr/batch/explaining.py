@@ -60,13 +60,13 @@ def load_model(name: str, device: str | None, dtype: str = "auto", *, trust_remo
     try:
         place = None if device is None else torch.device(device)
         if place is not None and place.type == "cuda" and place.index is not None:
-            torch.cuda.set_device(place)  # what allocates without naming a device uses it too
+            torch.cuda.set_device(place)  # also for allocations that name no device
         if ":" not in name or Path(name).exists():
             return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if dtype != "auto" or trust_remote_code:
             raise InputError(
-                f"the model {name!r} is a function, which loads what it will; dtype and trust_remote_code are for names that "
-                "fastattr.load takes"
+                f"the model {name!r} is a function, which loads the model itself; dtype and trust_remote_code apply only to "
+                "names that fastattr.load takes"
             )
         model = pkgutil.resolve_name(name)(device)
         check_model(model)

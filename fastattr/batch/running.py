@@ -60,11 +60,11 @@ class Summary:
     Attributes:
         outcome: `done`, or what ended it before: `stopped` from outside, or `too_many_failures`.
         written: rows with a record.
-        failed: rows without one, told in `failed/`. In a batch that was given up, rows of the shards it was at are among
-            them: the same call tries those again.
+        failed: rows without one, listed in `failed/`. In a batch that was given up they include rows of unfinished
+            shards, which the same call tries again.
         left: all other rows; `total` is `written + failed + left`.
-        earlier: rows, of those written and failed, that were done before this run.
-        litter: files of macOS or Windows (`._x`, `.DS_Store`, `Thumbs.db`) in the inputs, which were skipped.
+        earlier: rows among those written and failed that were done before this run.
+        litter: number of files of macOS or Windows (`._x`, `.DS_Store`, `Thumbs.db`) in the inputs, which were skipped.
         reasons: why rows failed, the most frequent first.
     """
 
@@ -116,14 +116,14 @@ def run(
         attribution: an `AttributionConfig`, the name of one, or a mapping of options; `arc` by default.
         content, images: what records keep, as of `LogConfig`.
         max_error_rate: share of failed rows above which the batch is given up; see `Summary.outcome`.
-        dtype, trust_remote_code: as of `fastattr.load`.
         device: of the models; by default a GPU for each worker where there are some, else the CPU.
+        dtype, trust_remote_code: as for `fastattr.load`.
         storage_options, input_options: for fsspec, of the output and of inputs and images.
         stop: ends the batch soon after it is set.
 
     Raises:
-        DatasetError: an input cannot be read, none of its first rows has a field that every row needs, or most rows have
-            an id that an earlier row has.
+        DatasetError: an input cannot be read, none of its first rows has a field that every row needs, or most rows repeat the
+            id of an earlier row.
         InputError: an option is out of range.
         SaveError: `out` cannot be written, or holds another batch.
         FastattrError: the model cannot be explained, or workers die and no row is to blame.
@@ -175,7 +175,7 @@ def run(
                         break
         too_many = _too_many(count.progress, max_error_rate)
         unpublished = count.unpublished if too_many else {}
-        for shard, failed in unpublished.items():  # so that every reason is in a file
+        for shard, failed in unpublished.items():  # so that every failure is in a file
             output.write_failures(shard, failed)
             failures += failed
     left = plan.n_rows - count.published.done - sum(map(len, unpublished.values()))
@@ -213,7 +213,7 @@ class _Count:
 
     @property
     def unpublished(self) -> dict[int, list[Failure]]:
-        """What failed in shards that are under way."""
+        """Failures by unfinished shard."""
         return {shard: list(each.failed) for shard, each in self._underway.items() if each.failed}
 
     @property

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 CRASHED = "crashed"
 MAX_DEATHS = 3  # of workers on one shard, without a row to blame
 WINDOW_ROWS = 64  # whose images are in memory
-LONGEST_ERROR = 2000  # characters
+LONGEST_ERROR = 2000  # characters kept of a message
 
-# told the rows that come next, how many are done, and what has failed since it was told before; may raise `Stopped`
+# called with the rows that come next, the number of rows done, and the failures since the last call; may raise `Stopped`
 Step = Callable[[Sequence[int], int, Sequence[Failure]], None]
 
 
@@ -48,7 +48,7 @@ class Job:
         device: for the model; None lets `fastattr.load` choose.
         storage_options: of the output.
         input_options: of inputs and images that are URLs.
-        trust_remote_code: as of `fastattr.load`.
+        trust_remote_code: as for `fastattr.load`.
     """
 
     plan: Plan
@@ -112,11 +112,11 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Underway:
-    """How far a worker is with a shard.
+    """Progress of a worker on a shard.
 
     Attributes:
-        done: how many rows.
-        failed: those among them that failed, all of this attempt.
+        done: number of rows.
+        failed: the failed ones among them, of this attempt.
     """
 
     shard: int
@@ -179,7 +179,7 @@ def run_shard(
                     ready.append(get_ready(row, job.input_options))
                 except OUT_OF_MEMORY:
                     raise
-                except Exception as error:  # a decoder may raise anything
+                except Exception as error:  # of a decoder or a file system
                     fail(row, type(error).__name__, str(error))
         for each, record in backing_off(sorted(ready, key=lambda each: each.size), explain):
             if isinstance(record, Exception):

@@ -44,8 +44,8 @@ class LogConfig:
         screen_rate: share that is explained only to look for low evidence, and dropped where there is none.
         explain: in a `thread` of this process, or later in a `worker` process (`fastattr worker SPOOL`).
         attribution: how responses are explained: an `AttributionConfig`, the name of one (`"arc@1"`, `"best"`), or a
-            mapping of options such as `{"method": "best", "evidence": False}`. Captured states are explained by the same
-            at the one scale the model saw, from the last layer and without `regions`: the rest takes more forwards.
+            mapping of options such as `{"method": "best", "evidence": False}`. Captured states are explained in the same
+            way, but at the one scale the model saw, from the last layer and without `regions`, which needs no forward.
         model_revision: kept in each record, and what drift is measured within.
         content: `ids` keeps the response's token ids, `text` also texts of prompt and response, `none` neither.
         images: keep a SHA-256 of each (`hash`), also the pictures (`store`), or nothing (`none`).
@@ -169,7 +169,7 @@ class LogConfig:
 
     @property
     def explained_by(self) -> AttributionConfig:
-        """`attribution` as a configuration, however it was given."""
+        """`attribution` as an `AttributionConfig`."""
         return configure(self.attribution)
 
     @property

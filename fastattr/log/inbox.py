@@ -152,7 +152,7 @@ def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
         raise InputError(f"generate returned {type(job.out).__name__}, expected one sequence [1 seq]")
     prompt_ids = states.prompt()
     sequence = sequences[0].to(prompt_ids.device)
-    n = states.n_spoken(sequence)  # what ended it was said to `generate`, which the worker does not know
+    n = states.n_spoken(sequence)  # end tokens may be arguments of `generate`, which the worker does not have
     tensors = {"prompt_ids": prompt_ids.clone(), "sequence": sequence[:n]}
     tensors |= {f"input.{name}": value for name, value in states.model_inputs.items()}
     if states.matches(sequence):  # else the worker reads them again

@@ -470,7 +470,7 @@ def _places(parts: pa.Array, name: str) -> tuple[int, ...]:
 
 
 def _stretches(places: Sequence[int], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """What tokens cover together, as few ranges of characters."""
+    """The characters that these tokens cover, as merged ranges."""
     found: list[Span] = []
     for start, stop in (spans[place] for place in places):
         if found and start <= found[-1][1]:

@@ -35,7 +35,7 @@ TOKEN = pa.struct(
         _field("text", pa.string(), "what the token adds; only with content='text'", null=True),
         _field("start", pa.int32(), "first character in the response", null=True),
         _field("stop", pa.int32(), "behind the last character in the response", null=True),
-        _field("part", pa.string(), "special or reasoning; null for what is the answer's", null=True),
+        _field("part", pa.string(), "special or reasoning; null for tokens of the answer", null=True),
         _field("repeat", pa.int32(), "how often the same id stands before it in the response"),
         _field("log_prob", pa.float32(), "nats"),
         _field("evidence", pa.float32(), "nats, log p(token | image) - log p(token | image blanked)", null=True),

@@ -71,7 +71,9 @@ def test_movies_animations_and_sized_parts(tmp_path: Path, inline: Engine, model
     assert any("4 of the 5 frames of a video are shown" in note for note in found["movie"].notes)
     assert any("only frame 1 of the 5 frames of a GIF is shown" in note for note in found["gif"].notes)
     told = {id: json.dumps(each) for id, each in failures(tmp_path / "out").items()}
-    assert "has a way of its own to size pictures" in told["sized"] and "cannot be decoded" in told["broken"]
+    assert (
+        "chooses the size of pictures by a rule of its own" in told["sized"] and "cannot be decoded" in told["broken"]
+    )
 
 
 def write_movie(path: Path, frames: Sequence[Image.Image]) -> None:

@@ -305,7 +305,7 @@ GOOD = b'{"id": "good", "image": "a.png", "prompt": "What?"}\n'
         (b'{"id": %s}' % (b"1" * 5000), None, "a.jsonl row 2 is not JSON"),
         (b'{"id": "a", "prompt": %s}' % (b"[" * 100_000), None, "a.jsonl row 2 is not JSON"),
         (b'{"id": "a", "image": "a.png", "prompt": %s}' % (b"[" * 900 + b"]" * 900), "a", ""),
-        (b'{"id": "good", "image": "b.png", "prompt": "Another?"}', "good", "that of a.jsonl row 1 already"),
+        (b'{"id": "good", "image": "b.png", "prompt": "Another?"}', "good", "already that of a.jsonl row 1"),
     ],
 )
 def test_a_broken_line_is_a_fault_of_its_row(tmp_path: Path, line: bytes, id: str | None, reason: str) -> None:
@@ -320,7 +320,7 @@ def test_a_broken_line_is_a_fault_of_its_row(tmp_path: Path, line: bytes, id: st
 
 def test_equal_ids_of_text_and_number_are_equal(tmp_path: Path) -> None:
     first, second = read(write_jsonl(tmp_path / "a.jsonl", [row(id="1"), row(id=1)]))
-    assert isinstance(first, Row) and isinstance(second, Fault) and "a.jsonl row 1 already" in str(second.error)
+    assert isinstance(first, Row) and isinstance(second, Fault) and "already that of a.jsonl row 1" in str(second.error)
 
 
 def test_an_id_in_two_files_is_a_fault_of_the_second(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_samples_without_any_picture_or_text_are_named(tmp_path: Path) -> None:
     [
         (b"", "no rows in 'a.jsonl'"),
         (b"\x00\x01\n[1]\n", "none of the first 2 rows of 'a.jsonl' can be read: a.jsonl row 1 is not JSON"),
-        (GOOD * 4, "more than half of the 4 rows have an id that an earlier row has"),
+        (GOOD * 4, "more than half of the 4 rows repeat the id of an earlier row"),
     ],
 )
 def test_files_that_are_refused_as_a_whole(tmp_path: Path, lines: bytes, reason: str) -> None:

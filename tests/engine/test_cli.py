@@ -364,5 +364,5 @@ def test_a_movie_and_a_folder_of_frames(
     for words, n_frames in (((folder,), 4), ((clip,), 4), (("--messages", told), 2)):
         assert run(monkeypatch, "explain", *words, *options) == 0
         said = capsys.readouterr().err
-        assert ("4 hidden files or files of macOS or Windows were skipped" in said) == (words == (folder,))
+        assert ("skipped 4 hidden files or files of macOS or Windows" in said) == (words == (folder,))
         assert fastattr.Attribution.load(out).pictures[0].shape[0] == n_frames

@@ -690,7 +690,7 @@ def test_one_rule_cuts_the_end(qwen: fastattr.Model, ids: list[int], left: list[
         said = [step.token_id for step in streaming]
         assert [*whole.token_ids] == [*batch[0].token_ids] == [*streaming.attribution().token_ids] == said == left
     elif ids:
-        with pytest.raises(fastattr.InputError, match=r"holds the end tokens \[40, 41\] alone"):
+        with pytest.raises(fastattr.InputError, match=r"holds only the end tokens \[40, 41\]"):
             fastattr.attribute(qwen, picture(), PROMPT, ids, **ONE)
         assert list(fastattr.stream(qwen, picture(), PROMPT, ids, config=LENS)) == []
 

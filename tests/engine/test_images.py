@@ -156,7 +156,7 @@ def test_whole_numbers_of_no_known_range_are_refused_alike() -> None:
     values = np.full((4, 4), 200, np.int32)
     for form, told in (
         (values, "is int32, expected uint8"),
-        (Image.fromarray(values), "the PIL image is of mode I, whole numbers of 32 bits"),
+        (Image.fromarray(values), "the PIL image is of mode I (32-bit integers)"),
         (Image.new("L", (4, 4), 200).convert("I"), "mode I"),
         (encoded(Image.fromarray(values), "TIFF"), "mode I"),
     ):

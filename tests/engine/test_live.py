@@ -328,7 +328,7 @@ def test_an_adapter_that_is_switched_after_generate() -> None:
     adapted.set_adapter("other")
     adapted.eval()
     assert torch.equal(states.attribute(out, prompt=PROMPT).log_prob, right.log_prob)  # needs no forward
-    with pytest.raises(fastattr.InputError, match="other adapters act on the model than when generate ran"):
+    with pytest.raises(fastattr.InputError, match="other adapters are active than when generate ran"):
         states.attribute(out, image=picture(), prompt=PROMPT, evidence=True)
     adapted.set_adapter("default")
     adapted.eval()
@@ -367,7 +367,7 @@ def test_a_capture_sees_a_cache_of_unknown_tokens() -> None:
         with fastattr.capture(model) as states:
             logits = held.hf_model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits
     out = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    with pytest.raises(fastattr.InputError, match="read 2 tokens after 3 in its cache, but it was given 2"):
+    with pytest.raises(fastattr.InputError, match="read 2 tokens after 3 in its cache, but generate was given 2 ids"):
         states.attribute(out)
 
 

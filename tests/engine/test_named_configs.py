@@ -286,7 +286,7 @@ def test_what_attribute_cannot_do(unread: fastattr.Model) -> None:
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ("best", {}, "regions=6 hides parts of the images and asks the model again; use attribute"),
+        ("best", {}, "regions=6 hides parts of the images and needs more forwards of the model; use attribute"),
         ("arc@1+2", {}, r"scales are \(1.0, 2.0\), but only the scale that the model saw, 1, was captured"),
         ("tam@2", {}, r"scales are \(2.0,\)"),
         ("arc", {"layer": -2}, "layer=-2, but the states are those of the last layer"),
@@ -303,9 +303,9 @@ def test_what_captured_states_cannot_say(unread: fastattr.Model, config: str, ch
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ("arc", {}, "scales is None, the model's own, but only you know .*config='arc@1' or scales=\\(1.0,\\)"),
+        ("arc", {}, "scales is None, the model's own, but there is no model here.*config='arc@1' or scales=\\(1.0,\\)"),
         ("best@1", {}, "regions=6 hides parts of the images"),
-        ("tam", {"evidence": True}, "evidence=True blanks the images and asks the model"),
+        ("tam", {"evidence": True}, "evidence=True needs a forward of the model with the images blanked"),
         ("tam", {"layer": 3}, "layer=3, but the states are those of the last layer"),
         ("tam@1+2", {}, r"got 1 hidden_states, 1 input_ids and 1 layouts for 2 scales \(1.0, 2.0\)"),
     ],

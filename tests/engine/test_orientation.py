@@ -118,7 +118,7 @@ def test_a_capture_is_explained_on_the_picture_the_processor_was_given(
     torch.testing.assert_close(why.image[0], again.image[0], rtol=1e-3, atol=1e-3)
     if orientation < 5:  # the same shape; that the file says otherwise is noted
         noted = states.attribute(out, image=data, prompt=PROMPT)
-        assert any("turned upright" in note for note in noted.notes) == (orientation != 1)
+        assert any("EXIF orientation" in note for note in noted.notes) == (orientation != 1)
     else:
         with pytest.raises(
             fastattr.InputError, match="6 x 4 cells, which is not its shape, but it is that of the picture"
@@ -188,7 +188,7 @@ def test_log_records_show_what_the_model_saw(model: fastattr.Model, explain: str
         shown = why.pictures[0][0]
         assert (shown.shape[0] // CELL, shown.shape[1] // CELL) == expected[id]
         turned = int(id[-1]) != 1 and id.split()[0] in ("bytes", "path")
-        assert any("turned upright" in note for note in why.notes) == turned
+        assert any("EXIF orientation" in note for note in why.notes) == turned
         upright = np.asarray(Image.open(io.BytesIO(photo(1))))
         back = Image.fromarray(shown)
         if turned:  # undone by hand, EXIF 2.3

@@ -169,7 +169,7 @@ def test_frames_arrays_and_files_of_videos() -> None:
             r"holds the part \{'type': 'audio'.* of no known type, expected .*input_image",
         ),
         ({"image": PICTURE}, "of no known type"),
-        ("a.png", "expected parts, mappings with a type"),
+        ("a.png", "expected parts: mappings with a type"),
     ],
     ids=str,
 )

@@ -209,8 +209,8 @@ def test_another_template_can_be_given() -> None:
     [
         ({"add_generation_prompt": False}, "holds 'add_generation_prompt'"),
         ({"tools": []}, "holds 'tools'"),
-        ([("a", 1)], "expected a mapping by name"),
-        ({1: 2}, "expected a mapping by name"),
+        ([("a", 1)], "expected a mapping with names as keys"),
+        ({1: 2}, "expected a mapping with names as keys"),
     ],
 )
 def test_options_that_are_none(options: Any, told: str) -> None:
@@ -237,7 +237,7 @@ def test_options_are_the_chats_own() -> None:
     held = to_json(chat)
     del held["template_options"]  # as it was written before there were any
     assert from_json(held) == Chat([ASKED])
-    with pytest.raises(fastattr.InputError, match="template_options holds what JSON cannot say"):
+    with pytest.raises(fastattr.InputError, match="template_options cannot be written as JSON"):
         to_json(replace(chat, template_options={"when": {1, 2}}))
 
 
@@ -253,7 +253,7 @@ def test_rows_hold_options(asked: dict[str, Any], written: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("{", "which is no JSON"), ([1], "expected an object"), ("3", "expected an object")]
+    ("wrong", "told"), [("{", "which is not JSON"), ([1], "expected an object"), ("3", "expected an object")]
 )
 def test_rows_with_broken_options(wrong: Any, told: str) -> None:
     values = {"image": b"png", "prompt": "a", "template_options": wrong}
@@ -305,7 +305,7 @@ def test_the_prompt_of_the_engine(thinking: fastattr.Model, collapsed: bool) -> 
     config = fastattr.AttributionConfig(scales=(1.0,), evidence=False)
     rows = [(picture(), closed, ANSWER), (picture(), [ASKED], ANSWER)]
     assert len(fastattr.attribute_batch(thinking, rows, config, prompt_ids=[ids, None])) == 2
-    told = r"differ from token \d+ on .* prompt_ids says '.*<think>.*' and the prompt here '.*assistant\\n'"
+    told = r"differ from token \d+ on .* prompt_ids holds '.*<think>.*' and the prompt here '.*assistant\\n'"
     with pytest.raises(fastattr.TokenLayoutError, match=told):
         explain(thinking, [ASKED], prompt_ids=ids)
     with pytest.raises(fastattr.TokenLayoutError, match=told):

@@ -91,5 +91,5 @@ def test_frames_that_a_processor_leaves_out_are_missed(make: Callable[[], Tiny])
     held = make()
     parts = {field.name: getattr(held.processor, field.name) for field in fields(held.processor)}
     model = fastattr.wrap(held.hf_model, Sampling(**parts))
-    with pytest.raises(TokenLayoutError, match="a video of 8 frames in 2 time steps of 2 frames: it left frames out"):
+    with pytest.raises(TokenLayoutError, match="a video of 8 frames in 2 time steps of 2 frames: it dropped frames"):
         adapters.encode(model, read_visuals([[picture(64, 96, seed) for seed in range(8)]]), PROMPT)
