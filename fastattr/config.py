@@ -105,6 +105,12 @@ def configure(config: AnyConfig, changes: ConfigChanges | None = None, *, defaul
     return replace(config, **options)
 
 
+def refuse_compat(config: AttributionConfig) -> None:
+    """Raises `InputError` where `compat` is set, which only `attribute_states` supports."""
+    if config.compat is not None:
+        raise InputError(f"compat={config.compat!r} is for attribute_states; leave it out")
+
+
 def name_of(config: AttributionConfig) -> str:
     """The shortest name of a configuration, with the options that differ: `best`, `arc@1`, `arc, top_k=20`.
 

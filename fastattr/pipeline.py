@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattr import ops
 from fastattr.chat import PICTURES, Chat, Messages, Prompt, read_prompt, text_of
-from fastattr.config import AnyConfig, ConfigChanges, configure
+from fastattr.config import AnyConfig, ConfigChanges, configure, refuse_compat
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
 from fastattr.maps import check_head, check_states, log_probs, log_probs_of_all
@@ -22,7 +22,7 @@ from fastattr.method import explain_responses, explain_states
 from fastattr.msea import base_scale
 from fastattr.regions import spread, weigh, windows
 from fastattr.targets import Targets, choose_targets
-from fastattr.text import Decode, decode_response, decode_tokens, decoder_of, show_ids, special_ids_of
+from fastattr.text import Decode, decode_response, decode_tokens, decode_with, show_ids, special_ids_of
 from fastattr.types import Attribution, AttributionConfig, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
 if TYPE_CHECKING:
@@ -154,10 +154,7 @@ def attribute_batch(
 
 def _for_model(config: AttributionConfig, model: Model) -> AttributionConfig:
     """The configuration with what it leaves open taken from the model. Raises `InputError`."""
-    if config.compat is not None:
-        raise InputError(
-            f"compat={config.compat!r} is for attribute_states; a model's answers are explained without it"
-        )
+    refuse_compat(config)
     return config.resolve(model.scales, model.head.vocab)
 
 
@@ -302,7 +299,7 @@ def attribute_states(
         raise InputError(
             f"got {len(visuals)} images for a layout with {len(maps.image)} image groups, expected one each"
         )
-    decode = show_ids if tokenizer is None else decoder_of(tokenizer)
+    decode = show_ids if tokenizer is None else decode_with(tokenizer)
     return finish(
         maps,
         readings,
@@ -350,8 +347,7 @@ def attribute_captured(
     evidence = bool(changes.get("evidence", False))
     chosen = replace(configure(config, changes, default="arc@1"), evidence=evidence)
     instead = "use attribute with the image, the prompt and the response ids, or leave it out"
-    if chosen.compat is not None:
-        raise InputError(f"compat={chosen.compat!r} is for attribute_states; leave it out")
+    refuse_compat(chosen)
     _refuse_without_model(chosen, instead)
     chosen = chosen.resolve((1.0,), states.model.head.vocab)
     if chosen.scales != (1.0,):
@@ -395,7 +391,7 @@ def attribute_captured(
 
 
 def _refuse_without_model(config: AttributionConfig, instead: str) -> None:
-    """Raises `InputError` where the configuration needs other states than those of the last layer, or another forward."""
+    """Raises `InputError` where the configuration needs another layer's states or more forwards."""
     if config.regions:
         raise InputError(
             f"regions={config.regions} hides parts of the images and needs more forwards of the model; {instead}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.arc import rank, rank_and_score
 from fastattr.chat import Chat, Messages, Prompt, read_prompt, text_of
-from fastattr.config import AnyConfig, ConfigChanges, configure
+from fastattr.config import AnyConfig, ConfigChanges, configure, refuse_compat
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
@@ -147,8 +147,7 @@ def check_streamable(config: AttributionConfig) -> None:
             f"regions={config.regions} needs the whole response; stream with regions=0, or with another method than best, "
             "or use attribute"
         )
-    if config.compat is not None:
-        raise InputError(f"compat={config.compat!r} is for attribute_states; stream without it")
+    refuse_compat(config)
 
 
 class Stream:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastattr.reasoning import find_reasoning
+from fastattr.reasoning import Span, find_reasoning
 
 if TYPE_CHECKING:
     from fastattr.types import Attribution
@@ -33,7 +33,6 @@ FUNCTION_WORDS = frozenset(
 )
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
-Span = tuple[int, int]
 
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are not a whole character
 _BLOCK = 8  # tokens of a run that are decoded at once, after as many before them
@@ -61,7 +60,7 @@ class TokenText:
     reasoning: tuple[Span, ...] = ()
 
 
-def decoder_of(tokenizer: Any) -> Decode:
+def decode_with(tokenizer: Any) -> Decode:
     """The `batch_decode` of a tokenizer or processor that keeps special tokens and does not clean up spaces."""
     parameters = inspect.signature(tokenizer.batch_decode).parameters.values()
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

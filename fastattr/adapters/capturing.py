@@ -426,10 +426,10 @@ def _check_aspect(number: int, visual: Visual, group: ImageGroup) -> None:
 
 def _has_aspect(h: int, w: int, height: int, width: int) -> bool:
     """Whether `height x width` scaled by one factor can round, up or down, to `h x w` cells; a side has at least one."""
-    least, most = zip(
-        *(((n - 1) / side if n > 1 else 0.0, (n + 1) / side) for n, side in ((h, height), (w, width))), strict=True
-    )
-    return max(least) < min(most)
+    sides = ((h, height), (w, width))
+    least = max((n - 1) / side if n > 1 else 0.0 for n, side in sides)  # of the factor, in cells per pixel
+    most = min((n + 1) / side for n, side in sides)
+    return least < most
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from fastattr.adapters.live import Live
 from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
 from fastattr.storage import read_calibration
-from fastattr.text import decoder_of, special_ids_of
+from fastattr.text import decode_with, special_ids_of
 from fastattr.types import DEFAULT_SCALES, OutputHead
 
 logger = logging.getLogger("fastattr")
@@ -117,7 +117,7 @@ class Model:
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of ids, special tokens kept."""
-        return decoder_of(self.processor)(rows)
+        return decode_with(self.processor)(rows)
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.family.name}, {self.head.weight.shape[0]} ids)"

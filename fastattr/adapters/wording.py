@@ -268,13 +268,10 @@ def _written(model: Model, chat: Chat) -> list[_Written]:
     marked = _render_texts(
         model, chat, [begin + text + end for (begin, end), text in zip(marks, chat.texts, strict=True)]
     )
-    places = list(_PLACE.finditer(around))
-    order = list(dict.fromkeys(int(match[1]) for match in places))
-    ends = zip(
-        [0, *(match.end() for match in places)], [*(match.start() for match in places), len(around)], strict=True
-    )
-    between = [around[stop:start] for stop, start in ends]
-    if len(places) != len(order):  # a template that writes texts twice
+    pieces = _PLACE.split(around)  # what stands around the marks, and their indices, in turn
+    between, indices = pieces[::2], [int(index) for index in pieces[1::2]]
+    order = list(dict.fromkeys(indices))
+    if len(indices) != len(order):  # a template that writes texts twice
         between = [""] * (len(order) + 1)
     found = []
     for place, index in enumerate(order):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
-from fastattr.config import AnyConfig, configure
+from fastattr.config import AnyConfig, configure, refuse_compat
 from fastattr.errors import InputError
 from fastattr.log.record import Content
 from fastattr.types import AttributionConfig
@@ -140,11 +140,11 @@ class LogConfig:
         if self.attribution is None:
             raise InputError("attribution is None, expected an AttributionConfig, a name such as 'arc@1', or a mapping")
         try:
-            object.__setattr__(self, "attribution", configure(self.attribution, default="arc@1"))
+            config = configure(self.attribution, default="arc@1")
+            refuse_compat(config)
         except InputError as error:
             raise InputError(f"attribution is wrong: {error}") from error
-        if self.explained_by.compat is not None:
-            raise InputError("attribution has compat='tam', which is for attribute_states; leave it out of a log")
+        object.__setattr__(self, "attribution", config)
         if not isinstance(self.storage_options, Mapping):
             raise InputError(f"storage_options is a {type(self.storage_options).__name__}, expected a mapping")
 
