@@ -26,10 +26,10 @@ from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
 MAX_IMAGE_TOKENS = 65_536
-# fewest and most cells of a picture and of a video frame, as in qwen-vl-utils
+# least and most tokens of a picture and of a video frame in qwen-vl-utils
 IMAGE_CELLS = (4, 16_384)
 VIDEO_CELLS = (128, 768)
-MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower; four of the bundled model's pictures are fastest
+MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower: four of the bundled model's pictures
 
 
 @dataclass(frozen=True)

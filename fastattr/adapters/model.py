@@ -86,11 +86,6 @@ class Model:
         """Ids that stand for pictures and are never said: of images, then of videos."""
         return [self.image_token_id] + ([] if self.video_token_id is None else [self.video_token_id])
 
-    @property
-    def placeholders(self) -> list[str]:
-        """What stands for pictures in a rendered chat."""
-        return self.decode([[id] for id in self.placeholder_ids])
-
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:
         """Ids and texts of tokens that mark something rather than say it, placeholders among them."""

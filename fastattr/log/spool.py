@@ -22,7 +22,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from fastattr.errors import SaveError
-from fastattr.log.schema import SCHEMA
+from fastattr.log.schema import SCHEMA, upgrade
 
 MAGIC = b"FATTR\x00\x00\x01"
 SUFFIX = ".spool"
@@ -230,17 +230,12 @@ def _read_batch(data: bytes, start: int, header: tuple[int, int]) -> pa.RecordBa
     try:
         with pa.ipc.open_stream(pa.py_buffer(payload)) as stream:
             batches = list(stream)
-        if len(batches) != 1 or not _is_ours(batches[0].schema):
+        if len(batches) != 1:
             return None
         batches[0].validate(full=True)
+        return upgrade(batches[0])
     except (pa.ArrowException, OSError, ValueError, MemoryError):
         return None
-    return batches[0]
-
-
-def _is_ours(schema: pa.Schema) -> bool:
-    # how the fields are explained may change within a version
-    return schema.equals(SCHEMA, check_metadata=False) and schema.metadata == SCHEMA.metadata
 
 
 def _next_frame(data: bytes, position: int, header: tuple[int, int] | None) -> int | None:

@@ -75,7 +75,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"type": "image", "source": {"type": "url", "url": URL}, "cache_control": {"type": "ephemeral"}},
         {"type": "image", "image": PICTURE, "id": "a", "uuid": "b"},
     ],
-    ids=str,
+    ids=lambda part: "-".join(str(part["type"] if key == "type" else key) for key in part),
 )
 def test_every_way_to_write_a_picture_is_the_same_picture(part: dict[str, Any], path: Path) -> None:
     named = {"PATH": str(path), "FILE": path.as_uri()}
