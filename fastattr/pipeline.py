@@ -171,18 +171,7 @@ def _attribute_rows(
 ) -> list[Attribution]:
     from fastattr import adapters
 
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    wrong = [len(row) for row in rows if len(row) != 3]
-    if wrong:
-        raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
-    if config.regions and memory_limit is not None:
-        raise InputError(f"regions={config.regions} weighs all maps at once; leave memory_limit out, or use regions=0")
-    if generate_options is not None and all(response is not None for _, _, response in rows):
-        raise InputError(
-            "generate_options are for the model's own answer, but every response was given; leave generate_options out, or "
-            "pass None as a response"
-        )
+    _check_rows(rows, config, max_new_tokens, generate_options, memory_limit)
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
     given = [read_prompt(image, prompt) for image, prompt, _ in rows]
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
@@ -198,6 +187,13 @@ def _attribute_rows(
             responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens, options=generate_options))
         else:
             responses.append(adapters.encode_response(model, response))
+    chosen: list[tuple[int, ...] | None] = [None] * len(rows)
+    if targets is not None:
+        decode, special = model.decode, model.marker_ids
+        chosen = [
+            choose_targets(targets, decode_response(each[0].input_ids.tolist(), ids.tolist(), decode, special))
+            for each, ids in zip(encoded, responses, strict=True)
+        ]
 
     by_scale = [
         adapters.replay_batch(model, [each[s] for each in encoded], responses, layer=config.layer)
@@ -205,14 +201,6 @@ def _attribute_rows(
     ]
     blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
     readings = [[read[i] for read in by_scale] for i in range(len(rows))]
-    chosen = [
-        None
-        if targets is None
-        else choose_targets(
-            targets, decode_response(each[0].input_ids.tolist(), response.tolist(), model.decode, model.marker_ids)
-        )
-        for each, response in zip(encoded, responses, strict=True)
-    ]
     explained = explain_responses(readings, model.head, config, targets=chosen, memory_limit=memory_limit)
     found = []
     for maps, mine, seen, prompt, asked, without in zip(
@@ -239,6 +227,28 @@ def _attribute_rows(
             )
         )
     return found
+
+
+def _check_rows(
+    rows: Sequence[tuple[Any, Any, Any]],
+    config: AttributionConfig,
+    max_new_tokens: int,
+    generate_options: Mapping[str, Any] | None,
+    memory_limit: int | None,
+) -> None:
+    """Raises `InputError` for options that are out of range or do not fit the rows."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    wrong = [len(row) for row in rows if len(row) != 3]
+    if wrong:
+        raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
+    if config.regions and memory_limit is not None:
+        raise InputError(f"regions={config.regions} weighs all maps at once; leave memory_limit out, or use regions=0")
+    if generate_options is not None and all(response is not None for _, _, response in rows):
+        raise InputError(
+            "generate_options are for the model's own answer, but every response was given; leave generate_options out, or "
+            "pass None as a response"
+        )
 
 
 def attribute_states(
