@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fastattr.reasoning import Span, find_reasoning
+from fastattr.reasoning import find_reasoning
 
 if TYPE_CHECKING:
     from fastattr.types import Attribution
@@ -33,6 +33,7 @@ FUNCTION_WORDS = frozenset(
 )
 
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
+Span = tuple[int, int]
 
 _BROKEN = "\ufffd"  # what a decoder writes for bytes that are not a whole character
 _BLOCK = 8  # tokens of a run that are decoded at once, after as many before them

@@ -1,4 +1,4 @@
-"""The locked releases are such as pyproject.toml allows, and can be installed from any index."""
+"""The locked releases satisfy pyproject.toml, and can be installed from any index."""
 
 from __future__ import annotations
 

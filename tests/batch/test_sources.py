@@ -140,7 +140,7 @@ def test_a_conversation_stays_one(tmp_path: Path) -> None:
 
 
 def test_messages_that_hold_their_pictures(tmp_path: Path) -> None:
-    """As OpenAI, transformers and Anthropic write them; what sizes a picture stays in the conversation."""
+    """In the formats of OpenAI, transformers and Anthropic; keys for the size stay in the conversation."""
     encoded = base64.b64encode(PICTURE).decode()
     parts = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}, "max_pixels": 5000},
@@ -167,7 +167,7 @@ LITTER = ("._{}", ".DS_Store", "__MACOSX/._{}", "Thumbs.db", "desktop.ini")
 
 
 @pytest.mark.parametrize("shard_rows", [1, 2, 10])
-def test_what_macos_and_windows_leave_in_archives_is_skipped_and_counted(tmp_path: Path, shard_rows: int) -> None:
+def test_files_of_macos_and_windows_in_archives_are_skipped_and_counted(tmp_path: Path, shard_rows: int) -> None:
     files: list[tuple[str, bytes]] = []
     for key in ("000", "001", "002"):
         for part, data in (("png", PICTURE), ("prompt.txt", b"What?"), ("json", b'{"response": "A ring."}')):
@@ -181,7 +181,7 @@ def test_what_macos_and_windows_leave_in_archives_is_skipped_and_counted(tmp_pat
     assert found.n_litter == 9 * len(LITTER)
 
 
-def test_what_they_leave_in_folders_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_files_of_macos_and_windows_in_folders_are_skipped_and_counted(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [row()])
     for name in ("._a.jsonl", "._b.tar", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
@@ -199,8 +199,10 @@ def test_what_they_leave_in_folders_is_skipped_and_counted(tmp_path: Path) -> No
         (b"  A\nring. ", "  A\nring. "),
     ],
 )
-def test_text_parts_lose_what_editors_put_around_them(tmp_path: Path, written: bytes, read_as: str) -> None:
-    """A mark of the encoding and the end of the last line are no tokens of a response; in JSON they were meant."""
+def test_text_parts_lose_byte_order_marks_and_trailing_line_breaks(
+    tmp_path: Path, written: bytes, read_as: str
+) -> None:
+    """A byte order mark and the last line break are not part of a response; within JSON they are."""
     files = [("s.png", PICTURE), ("s.prompt.txt", written), ("s.response.txt", written)]
     files += [("t.png", PICTURE), ("t.json", json.dumps({"prompt": "What?\n", "response": "A ring.\n"}).encode())]
     first, second = read(write_tar(tmp_path / "a.tar", files))
@@ -376,7 +378,7 @@ def test_files_that_are_refused_as_a_whole(tmp_path: Path, lines: bytes, reason:
 
 
 def test_text_of_parquet_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
-    """In a column of text, as some writers leave it there."""
+    """In a column of type string, as some writers produce it."""
     values = [b"What?", b"\xff\xfe", b"What?"]
     text = pa.array(values, pa.binary()).view(pa.string())
     table = pa.table({"id": ["a", "b", "c"], "image": ["a.png"] * 3, "prompt": text})
@@ -415,7 +417,7 @@ LINES = (
 def test_every_line_is_accounted_for_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], shard_rows: int, ended: bool
 ) -> None:
-    """Whatever the lines hold: each is a row or a fault, in order, and an id is that of one row at most."""
+    """Whatever the lines hold: each is a row or a fault, in order, and no id belongs to two rows."""
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     good = [json.dumps(row(id=f"good {k}")).encode() for k in range(len(lines) + 1)]
     written = [*good, *lines]

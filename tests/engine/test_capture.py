@@ -36,7 +36,7 @@ def model() -> fastattr.Model:
 
 
 def prepared(model: fastattr.Model, image: Any = None, prompt: str = PROMPT) -> dict[str, Tensor]:
-    """What a user would pass to `generate`."""
+    """The arguments that a user would pass to `generate`."""
     encoded = adapters.encode(model, read_visuals(picture() if image is None else image), prompt)
     ids = encoded.input_ids[None]
     return {**encoded.model_inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}

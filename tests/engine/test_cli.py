@@ -181,7 +181,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
-    """The help of every command, of subcommands too."""
+    """The help of every command and subcommand."""
     code = (
         "import sys\n"
         "from typer.main import get_command\n"
@@ -214,7 +214,7 @@ LOADING = {
 def test_device_and_dtype_reach_the_model(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    """`load` is asked for them, whichever command loads; nothing is explained here."""
+    """Every command that loads a model passes them to `load`; nothing is explained here."""
     asked: list[tuple[str, dict[str, object]]] = []
 
     def note(name: str, **options: object) -> None:
@@ -252,7 +252,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("live", [False, True], ids=["whole", "live"])
-def test_what_is_wrong_is_said_before_a_model_is_loaded(
+def test_wrong_requests_are_refused_before_a_model_is_loaded(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], live: bool
 ) -> None:
     monkeypatch.setattr("fastattr.adapters.load", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -344,7 +344,7 @@ def test_a_live_explanation_is_that_of_the_whole(
 def test_a_movie_and_a_folder_of_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Named as they are; what systems leave between frames is skipped, and said."""
+    """Given by their names; files of macOS and Windows between frames are skipped, with a message."""
     frames = [scenes.make_scene(SEED + k).image for k in range(4)]
     folder, clip, out = tmp_path / "frames", tmp_path / "clip.mp4", tmp_path / "x.safetensors"
     folder.mkdir()

@@ -535,7 +535,7 @@ def test_a_template_that_rewrites_the_prompt(qwen: fastattr.Model) -> None:
 
 
 def test_a_processor_that_reads_something_else(qwen: fastattr.Model) -> None:
-    """Behind the template: what was said is nowhere in the tokens."""
+    """It ignores the template's text, so the prompt is not among the tokens."""
 
     class Deaf(tiny.DuckProcessor):
         def __call__(self, text: Any, images: Any, return_tensors: str = "pt") -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_a_transparent_grey_of_a_png(depth: int, row: bytes, clear: int, grey: l
 
 
 def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
-    """Pillow reads 8 bits of each, in which both pixels are the same colour."""
+    """Pillow keeps 8 bits of each channel, in which both pixels have the same colour."""
     row = struct.pack(">6H", 0x1234, 0, 0, 0x12FF, 0, 0)
     with pytest.raises(
         fastattr.ImageError, match="PNG of 16 bits a colour with a transparent colour; convert it to RGBA"
@@ -151,8 +151,8 @@ def test_a_ppm_of_sixteen_bits() -> None:
     assert pixels(b"P5 2 1 65535\n" + struct.pack(">HH", 0x7F80, 0xFFFF))[0, :, 0].tolist() == [0x7F, 0xFF]
 
 
-def test_whole_numbers_of_no_known_range_are_refused_alike() -> None:
-    """200 of 255, or of two milliards? In an array, in mode I, in a TIFF of 32 bits."""
+def test_integers_without_a_known_range_are_refused() -> None:
+    """The value of white is unknown in an integer array, in mode I and in a 32-bit TIFF."""
     values = np.full((4, 4), 200, np.int32)
     for form, told in (
         (values, "is int32, expected uint8"),
@@ -169,7 +169,7 @@ COLOURS = np.array([[(250, 20, 30), (10, 200, 40), (30, 40, 220), (120, 130, 140
 
 @pytest.mark.parametrize(("mode", "error"), [("CMYK", 0), ("YCbCr", 2), ("HSV", 5), ("RGBX", 0), ("LAB", 12)])
 def test_other_colour_spaces(mode: str, error: int) -> None:
-    """Colours that were converted there come back, but for rounding."""
+    """Converting there and back gives the colours, up to rounding."""
     image = Image.fromarray(COLOURS)
     if mode == "LAB":
         to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
@@ -182,7 +182,7 @@ def test_other_colour_spaces(mode: str, error: int) -> None:
 
 
 def test_modes_with_transparency_over_white() -> None:
-    """Half clear black is middle grey, whether alpha was multiplied in before or not, and whatever the mode."""
+    """Half-transparent black is middle grey, with premultiplied alpha or not, in every mode."""
     for mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         colour = (0, 128) if mode in ("LA", "La", "PA") else (0, 0, 0, 128)
         assert pixels(Image.new(mode, (1, 1), colour))[0, 0].tolist() == [127] * 3, mode
@@ -239,8 +239,8 @@ def test_exif_orientation(tmp_path: Path, orientation: int, corner: tuple[int, i
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-def test_a_pil_image_is_left_as_it_lies(orientation: int, kind: str) -> None:
-    """transformers' processors read its pixels and not its tags, so that is what the model sees."""
+def test_the_orientation_of_a_pil_image_is_ignored(orientation: int, kind: str) -> None:
+    """transformers' processors read its pixels and ignore its tags, so the model sees them unturned."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(tiny.picture(16, 48), kind, exif=exif)
@@ -253,7 +253,7 @@ def test_a_pil_image_is_left_as_it_lies(orientation: int, kind: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_tiff_is_turned_once(orientation: int) -> None:
-    """Pillow itself turns it as it loads it."""
+    """Pillow itself turns it when it is loaded."""
     data = encoded(tiny.picture(16, 48), "TIFF", tiffinfo={0x0112: orientation})
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert expected.shape == ((48, 16, 3) if orientation >= 5 else (16, 48, 3))
@@ -363,7 +363,7 @@ DAMAGED = (
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_is_a_picture_or_an_image_error(kind: str, data: st.DataObject) -> None:
-    """Bytes are changed, cut off, left out and put in, of pictures and of sequences of them."""
+    """Bytes of pictures and animations are changed, cut off, removed and inserted."""
     modes = {"JPEG": ("RGB", "CMYK"), "MPO": ("RGB",), "GIF": ("P",), "QOI": ("RGB", "RGBA"), "AVIF": ("RGB", "RGBA")}
     mode = data.draw(st.sampled_from(modes.get(kind, ("RGB", "L"))))
     exif = (
@@ -398,7 +398,7 @@ def test_a_damaged_file_is_a_picture_or_an_image_error(kind: str, data: st.DataO
 
 
 def test_memory_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch tries smaller parts after one; a picture that is at fault would be skipped."""
+    """After a MemoryError a batch tries smaller parts; an ImageError would fail the row."""
 
     def load(self: Any, *_: Any) -> None:
         raise MemoryError("no room")

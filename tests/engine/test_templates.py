@@ -93,7 +93,7 @@ def test_context_is_what_the_model_reads(template: str, chat: list[Any], expecte
 
 
 def test_only_the_words_between_the_templates_are_context() -> None:
-    """Against the rendered prompt itself: what is no context is what the template writes by itself."""
+    """Compared with the rendered prompt: everything that is not context is written by the template."""
     model = model_with(WITHOUT_THOUGHTS)
     chat = Chat([ASKED, THOUGHT, AGAIN])
     encoded = adapters.encode(model, read_visuals(picture()), chat)
@@ -116,7 +116,7 @@ def test_only_the_words_between_the_templates_are_context() -> None:
         (KEEPS_THOUGHTS, [ASKED, THOUGHT, AGAIN], []),
     ],
 )  # fmt: skip
-def test_notes_tell_what_is_left_out(template: str, chat: list[Any], told: list[str]) -> None:
+def test_notes_name_texts_that_the_template_leaves_out(template: str, chat: list[Any], told: list[str]) -> None:
     model = model_with(template)
     notes = [note for note in explain(model, chat).notes if "chat template" in note]
     assert len(notes) == len(told) and all(part in note for part, note in zip(told, notes, strict=True))
@@ -133,7 +133,7 @@ def test_notes_tell_what_is_left_out(template: str, chat: list[Any], told: list[
         KEEPS_THOUGHTS.replace("m['content'] }}", "'' }}"),
     ],
 )
-def test_what_the_user_said_is_never_left_out(template: str) -> None:
+def test_a_template_that_drops_a_text_of_the_user_is_refused(template: str) -> None:
     chat = [{"role": "user", "content": "What is blue?"}, ASKED]
     with pytest.raises(
         fastattr.TokenLayoutError, match=r"'What is blue\?' is not in the text the model reads: the chat"
@@ -163,8 +163,8 @@ def plain_log_probs(model: fastattr.Model, chat: list[Any], response: torch.Tens
     return logits[-n - 1 : -1, : model.head.vocab].log_softmax(-1)[torch.arange(n), response]
 
 
-def test_an_answer_behind_closed_reasoning_is_read_behind_it() -> None:
-    """In `attribute`, batch, stream and replay alike, with the log-probabilities of an ordinary forward."""
+def test_an_answer_after_closed_reasoning() -> None:
+    """In `attribute`, batch, stream and replay, with the log-probabilities of an ordinary forward."""
     model = model_with(THINKING)
     response = adapters.encode_response(model, ANSWER)
     closed = Chat([ASKED], template_options={"enable_thinking": False})
@@ -213,7 +213,7 @@ def test_another_template_can_be_given() -> None:
         ({1: 2}, "expected a mapping with names as keys"),
     ],
 )
-def test_options_that_are_none(options: Any, told: str) -> None:
+def test_wrong_template_options_are_refused(options: Any, told: str) -> None:
     with pytest.raises(fastattr.InputError, match=told):
         Chat([ASKED], template_options=options)
 
@@ -326,7 +326,7 @@ def test_the_place_where_prompts_differ(thinking: fastattr.Model) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[], "abc", [1.5], [True]])
-def test_prompt_ids_that_are_none(thinking: fastattr.Model, wrong: Any) -> None:
+def test_wrong_prompt_ids_are_refused(thinking: fastattr.Model, wrong: Any) -> None:
     with pytest.raises(fastattr.InputError, match="expected token ids"):
         explain(thinking, [ASKED], prompt_ids=wrong)
 

@@ -1,4 +1,4 @@
-"""A response's text is what its tokenizer decodes, whatever the tokenizer; the spans of its tokens cover it."""
+"""The text of a response is what its tokenizer decodes, for every kind of tokenizer, and token spans cover it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def unigram() -> Tokenizer:
 
 
 def word_piece() -> Tokenizer:
-    """As BERT; it cleans spaces up around punctuation by itself."""
+    """As BERT; its decoder cleans up spaces around punctuation."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.decoder = decoders.WordPiece()
@@ -103,12 +103,12 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
 
 
 def whole(kind: str, ids: Sequence[int]) -> str:
-    """What the tokenizer itself says."""
+    """The text that the tokenizer itself decodes."""
     return str(tokenizer_of(kind).decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def check_tiling(found: TokenText) -> None:
-    """Spans in order that cover the text, of which no two have more than one character in common."""
+    """Spans are in order and cover the text, and no two share more than one character."""
     covered = 0
     for before, (start, stop), token in zip([(0, 0), *found.spans], found.spans, found.tokens, strict=False):
         assert start <= stop and before[0] <= start and before[1] <= stop
@@ -145,7 +145,7 @@ def test_the_text_is_what_the_tokenizer_decodes(kind: str, data: st.DataObject) 
 
 
 def test_a_space_between_bytes_belongs_to_its_own_token() -> None:
-    """No token here writes a word, so only the space itself can stand in front while tokens are decoded alone."""
+    """No token here is a word, so only the space itself can precede tokens that are decoded alone."""
     ids = [259, 227, 167, 169, 259, 51]
     found = decode_tokens(ids, decode_with(tokenizer_of("byte_fallback")))
     assert found.text == whole("byte_fallback", ids) == "\u0926 0"
@@ -182,7 +182,7 @@ def test_pieces_as_they_come_add_up_to_the_whole(kind: str, data: st.DataObject)
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "bundled"])
 def test_pieces_of_a_long_text(kind: str) -> None:
-    """Longer than what is decoded at once: nothing is lost where earlier tokens are let go."""
+    """Longer than the ids that are decoded again: nothing is lost where earlier ones are dropped."""
     sentence = (
         "The red 一只猫 circle 😀👩‍👩‍👧 is at မြန်မာဘာသာ the top.\n"
         if kind != "bundled"
@@ -217,7 +217,7 @@ def test_a_character_cut_off_at_the_end_is_kept_as_it_decodes() -> None:
 
 
 def test_a_token_of_a_letter_and_half_a_character_carries_both() -> None:
-    """Two tokens write `x❄y`: the first ends within the snowflake, the second begins there."""
+    """Two tokens encode `x❄y`: the first ends within the snowflake, where the second begins."""
     bytes_of = {0: b"a", 1: b"x\xe2\x9d", 2: b"\x84y"}
 
     def decode(rows: Sequence[Sequence[int]]) -> list[str]:
@@ -233,7 +233,7 @@ def fallback(*pieces: str) -> list[int]:
 
 
 def test_one_broken_byte_spoils_its_whole_run() -> None:
-    """As the decoder of Llama has it: a replacement character for every byte, also of what would be whole characters."""
+    """As in Llama's decoder: a replacement character for every byte, even of complete characters."""
     ids = fallback("▁red", "<0x0A>", "<0xE4>", "<0xB8>", "<0xAD>", "<0xE4>", "▁top")
     decoded = decode_tokens(ids, decode_with(tokenizer_of("byte_fallback")))
     assert decoded.text == whole("byte_fallback", ids) == "red" + "\ufffd" * 5 + " top"
@@ -265,8 +265,8 @@ def test_special_tokens_stay_and_spaces_are_not_cleaned_up() -> None:
         tokenizer.clean_up_tokenization_spaces = False
 
 
-def test_spaces_that_hang_on_the_token_before() -> None:
-    """A decoder of no kind that is known here: it writes a space only behind an odd id."""
+def test_spaces_that_depend_on_the_token_before() -> None:
+    """A made-up decoder that writes a space only after an odd id."""
 
     def decode(rows: Sequence[Sequence[int]]) -> list[str]:
         return [
@@ -289,7 +289,7 @@ def seconds(work: Callable[[], object]) -> float:
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 @pytest.mark.parametrize("text", ["The red circle is at the top left. ", "မြန်မာဘာသာ", "一只猫在椅子上😀"])
 def test_the_time_grows_with_the_length(kind: str, text: str) -> None:
-    """Four times the tokens take nearly four times as long; sixteen would be the square."""
+    """Four times the tokens take about four times as long; quadratic cost would take sixteen times."""
     decode: Decode = decode_with(tokenizer_of(kind))
     ids = list(tokenizer_of(kind)(text * 4000, add_special_tokens=False)["input_ids"])[:16_000]
     quarter = min(seconds(lambda: decode_tokens(ids[: len(ids) // 4], decode)) for _ in range(3))

@@ -216,7 +216,8 @@ def test_capture_needs_no_picture(row: Row) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_captured_pictures_of_onevision_are_explained_as_they_were_given(together: bool) -> None:
-    """`apply_chat_template(tokenize=True)` nests them: each padded to a square, one line break behind. A flat list is cut."""
+    """`apply_chat_template(tokenize=True)` nests them: each is padded to a square, with a line break after it. A flat list is
+    cut into tiles."""
     held = llava_onevision()
     model = fastattr.wrap(held.hf_model, held.processor)
     pictures = [picture(32, 64), picture(50, 50)]
