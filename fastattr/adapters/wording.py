@@ -109,7 +109,7 @@ def template_notes(model: Model, prompt: Prompt) -> tuple[str, ...]:
     for index, (role, text) in enumerate(zip(prompt.roles, prompt.texts, strict=True)):
         said, read = ("".join(each.split()).casefold() for each in (text, written.get(index, "")))
         if said and not read:
-            notes.append(f"the chat template leaves out what the {role} said, {_short(text)}, so it is no context")
+            notes.append(f"the chat template leaves out what the {role} said, {_short(text)}, so it is not context")
         elif said != read:
             notes.append(
                 f"the chat template writes what the {role} said, {_short(text)}, as {_short(written[index].strip())}; "

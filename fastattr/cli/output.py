@@ -151,7 +151,7 @@ def shown_by(configs: Sequence[fastattr.AttributionConfig]) -> str:
     from fastattr.config import name_of
 
     first, *others = (name_of(config) for config in configs)
-    return f"method: {first}" + (f"; beside it in the report: {', '.join(others)}" if others else "")
+    return f"method: {first}" + (f"; also in the report: {', '.join(others)}" if others else "")
 
 
 def signed(nats: float | None) -> str:

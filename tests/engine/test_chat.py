@@ -257,7 +257,7 @@ def test_a_word_of_the_template_does_not_stand_for_a_turn_that_it_leaves_out() -
     why = fastattr.attribute(model, picture(), chat, ANSWER, scales=(1.0,), evidence=False)
     plain = fastattr.attribute(model, picture(), chat[1:], ANSWER, scales=(1.0,), evidence=False)
     assert why.context_tokens == plain.context_tokens and torch.equal(why.image[0], plain.image[0])
-    assert "the chat template leaves out what the system said, 'user', so it is no context" in why.notes
+    assert "the chat template leaves out what the system said, 'user', so it is not context" in why.notes
 
 
 @pytest.mark.parametrize("tools", ["abc", {"a": 1}, 5])

@@ -359,7 +359,7 @@ def test_the_command_line_prints_the_name_of_the_configuration(
 ) -> None:
     words = ("explain", picture, "--response", "A star.", "--out", tmp_path / "x.html")
     assert run(monkeypatch, *words, "--method", "tam@1+1.5", "--method", "lens") == 0
-    assert "\nmethod: tam@1+1.5; beside it in the report: lens\n" in capsys.readouterr().out
+    assert "\nmethod: tam@1+1.5; also in the report: lens\n" in capsys.readouterr().out
     assert run(monkeypatch, *words, "--scales", "1", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["configuration"], shown["method"], shown["scales"]) == ("arc@1", "arc", [1.0])

@@ -109,7 +109,7 @@ def test_only_the_words_between_the_templates_are_context() -> None:
 @pytest.mark.parametrize(
     ("template", "chat", "told"),
     [
-        (NO_SYSTEM, [SYSTEM, ASKED], ["the chat template leaves out what the system said, 'Be brief.', so it is no context"]),
+        (NO_SYSTEM, [SYSTEM, ASKED], ["the chat template leaves out what the system said, 'Be brief.', so it is not context"]),
         (WITHOUT_THOUGHTS, [ASKED, THOUGHT, AGAIN], ["the chat template writes what the assistant said"]),
         (WITHOUT_THOUGHTS, [ASKED, {"role": "assistant", "content": "<think>a</think>"}, AGAIN], ["leaves out what the assistant said"]),
         (SHOUTING, [SYSTEM, ASKED, AGAIN], []),
