@@ -171,7 +171,7 @@ def test_frames_arrays_and_files_of_videos() -> None:
         ({"image": PICTURE}, "of no known type"),
         ("a.png", "expected parts: mappings with a type"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_unsupported_keys_are_refused_by_name(part: Any, told: str) -> None:
     with pytest.raises(fastattr.InputError, match=told):
