@@ -6,7 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ SET_HERE = {
     "num_return_sequences": "one answer is explained",
     "streamer": "iterate over fastattr.stream, or stream your own generate with fastattr.TokenStream",
 }
+_USER_CODE = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate")
 # options without effect unless the model samples, or searches with beams
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAMS = ("length_penalty", "early_stopping")
@@ -225,10 +226,12 @@ def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -
 
     Raises:
         InputError: it does not accept or ignores an argument, or does not return one sequence that begins with the prompt.
-        StatesError: it fails.
+        StatesError: it fails. With code of the user among the arguments the failure is raised as it is, since it may be
+            the user's own.
     """
     inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    with named_failures(model, inputs):
+    has_user_code = any(arguments.get(name) is not None for name in _USER_CODE)
+    with nullcontext() if has_user_code else named_failures(model, inputs):
         try:
             out = model.hf_model.generate(**arguments)
         except FastattrError:

@@ -156,7 +156,7 @@ def test_integers_without_a_known_range_are_refused() -> None:
     values = np.full((4, 4), 200, np.int32)
     for form, told in (
         (values, "is int32, expected uint8"),
-        (Image.fromarray(values), "the PIL image is of mode I (32-bit integers)"),
+        (Image.fromarray(values), "the PIL image is of mode I \\(32-bit integers\\)"),
         (Image.new("L", (4, 4), 200).convert("I"), "mode I"),
         (encoded(Image.fromarray(values), "TIFF"), "mode I"),
     ):

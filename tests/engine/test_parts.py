@@ -154,7 +154,7 @@ def test_frames_arrays_and_files_of_videos() -> None:
             {"type": "video", "video": [PICTURE], "fps": 2, "nframes": 4},
             "fps is 2 and nframes is 4, expected one of them",
         ),
-        ({"type": "video", "video": [PICTURE], "nframes": 4, "num_frames": 4}, "say the same"),
+        ({"type": "video", "video": [PICTURE], "nframes": 4, "num_frames": 4}, "mean the same"),
         (
             {"type": "video", "video": [PICTURE], "video_start": 2, "video_end": 1},
             "expected 0 <= video_start < video_end",
