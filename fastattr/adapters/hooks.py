@@ -251,7 +251,7 @@ def interpolated_positions(hf_model: nn.Module, needed: bool) -> Iterator[None]:
         handle.remove()
 
 
-# --- forwards that captures do not record, and positions kept between forwards -----------------------------------------------------------------------
+# --- forwards that captures do not record, positions kept between forwards ------------------------------------
 
 _uncaptured: ContextVar[bool] = ContextVar("fastattr_uncaptured", default=False)
 

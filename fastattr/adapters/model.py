@@ -106,7 +106,7 @@ class Model:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """The default scales: 1 alone where pictures are read in tiles or other sizes are not possible, else `DEFAULT_SCALES`."""
+        """The default scales: `DEFAULT_SCALES`, or 1 alone for pictures in tiles and where no other size is possible."""
         several = self.family.enlarge is not None and not self.family.tiles
         return DEFAULT_SCALES if several else (1.0,)
 

@@ -57,7 +57,11 @@ def centre_square(size: Size) -> Box:
 
 
 def centre_of_pixels(size: Size, crop: Size, *, padded: bool) -> Box:
-    """The box, in fractions of the picture, of the central `crop` of a picture that is not resized, perhaps padded to a square."""
+    """The box of the central `crop` (height, width) of a picture that is not resized, as fractions of the picture.
+
+    Args:
+        padded: the picture is padded to a square before it is cropped.
+    """
     edges = []
     for length, cut in zip(size, crop, strict=True):
         room = max(size) if padded else length
