@@ -73,8 +73,10 @@ def read_config(spool: Path) -> LogConfig:
     path = spool / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return LogConfig.from_mapping({**values, "attribution": from_saved(values["attribution"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if "attribution" in values:
+            values["attribution"] = from_saved(values["attribution"])
+        return LogConfig.from_mapping(values)
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{str(path)!r} cannot be read: {error}; give the spool directory that a logger uses, or --config FILE"
         ) from error
