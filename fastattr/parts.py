@@ -11,6 +11,7 @@ an error, but for those of `IGNORED`, which do not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,7 @@ IGNORED = (
     "media_type",
     "mime_type",
 )  # `detail` sizes at OpenAI
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def plain_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -141,6 +143,20 @@ def _positive(part: Mapping[str, Any], key: str, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
         raise InputError(f"{key} is {short(value)}, expected a {'whole ' if whole else ''}number above 0")
     return value
+
+
+def check_whole(text: str, name: str) -> None:
+    """Refuse text with half of a character (a lone surrogate), as JSON that was cut and bytes of another encoding leave.
+
+    Raises:
+        InputError: no tokenizer reads it.
+    """
+    half = _HALF.search(text)
+    if half is not None:
+        raise InputError(
+            f"{name} holds {half[0]!r} at character {half.start()}, half of a character, which no tokenizer reads; expected "
+            "text of whole characters"
+        )
 
 
 def short(value: Any) -> str:
