@@ -229,7 +229,7 @@ def test_device_and_dtype_reach_the_model(
     assert run(monkeypatch, *words, "--device", "cpu", *dtype, *trust) == 2
     expected = {"device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}
     if not dtype:
-        expected = {"device": "cpu", "dtype": "auto"}
+        expected = {"device": "cpu", "dtype": "auto", "trust_remote_code": False}
     assert asked == [("shapes", expected)]
     assert "with shapes on cpu" in (said := capsys.readouterr().err) or "loading shapes on cpu" in said
 
