@@ -173,14 +173,14 @@ def load_processor(name: str | Path, **options: Any) -> Any:
     Raises:
         UnsupportedModelError: torchvision is missing and this family's halves cannot be joined.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     source = Source(name, options)
     try:
-        processor = source.load(AutoProcessor)
+        processor = _joint(source)
         if type(processor).__name__ == "PaliGemmaProcessor" and processor.chat_template is None:
             processor.chat_template = _AS_SAID.replace("IMAGE", processor.image_token)
-        return _complete(processor, source) if getattr(processor, "patch_size", 0) is None else processor
+        return _complete(processor, source)
     except (ImportError, ValueError, OSError, TypeError, RecursionError) as error:
         # TypeError: transformers 5.0 without torchvision; RecursionError: its video half looks for itself without it
         from transformers.utils import is_torchvision_available
@@ -198,6 +198,27 @@ def load_processor(name: str | Path, **options: Any) -> Any:
         return compose(source)
 
 
+def _joint(source: Source) -> Any:
+    """The joint processor as transformers loads it, and for LLaVA-NeXT-Video also where transformers does not.
+
+    Where the directory has no settings for videos, transformers names the video processor after the image processor:
+    `LlavaNextVideoProcessor`. That is the joint class, which looks for its video processor again, without end.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    try:
+        return source.load(AutoProcessor)
+    except RecursionError:
+        if not is_torchvision_available() or source.load(AutoConfig).model_type != "llava_next_video":
+            raise
+    from transformers import LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
+
+    settings, _ = LlavaNextVideoProcessor.get_processor_dict(source.name, **source.options)
+    parts = [source.load(LlavaNextVideoVideoProcessor), _images(source), _tokenizer(source)]
+    return LlavaNextVideoProcessor.from_args_and_dict(parts, settings)
+
+
 # PaliGemma was taught no turns, only pictures and a text, so its directories have no chat template
 _AS_SAID = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -207,16 +228,25 @@ _AS_SAID = (
 
 
 def _complete(processor: Any, source: Source) -> Any:
-    """Old LLaVA directories leave out what the processor must know of its model."""
+    """Fills in what old LLaVA directories do not say of the model: all of the family but LLaVA-OneVision need
+    `patch_size`, that one `num_image_tokens`."""
     from transformers import AutoConfig
 
+    no_patch_size, no_count = (getattr(processor, name, 0) is None for name in ("patch_size", "num_image_tokens"))
+    if not no_patch_size and not no_count:
+        return processor
     config = source.load(AutoConfig)
-    if config.vision_config.model_type == "pixtral":
+    vision = config.vision_config
+    if vision.model_type == "pixtral":
         return _pixtral(source)
-    processor.patch_size = config.vision_config.patch_size
     strategy = getattr(config, "vision_feature_select_strategy", "default")  # ViP-LLaVA always drops the class token
     processor.vision_feature_select_strategy = strategy
-    processor.num_additional_image_tokens = 1 if strategy == "default" else 0
+    if no_patch_size:
+        processor.patch_size = vision.patch_size
+        processor.num_additional_image_tokens = 1 if strategy == "default" else 0
+    else:
+        processor.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        processor.vision_aspect_ratio = config.vision_aspect_ratio
     return processor
 
 
