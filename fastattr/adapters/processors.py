@@ -65,11 +65,17 @@ class ComposedProcessor:
         if len(pieces) != n_images + 1:
             raise ValueError(f"the text holds {len(pieces) - 1} image placeholders for {n_images} images")
         expanded = pieces[0] + "".join(self.expand(image_inputs, i) + piece for i, piece in enumerate(pieces[1:]))
-        # the template has written the special tokens already
-        encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
+        encoded = _encoded(self.tokenizer, expanded, return_tensors)
         taken = self.image_processor.model_input_names  # what is left over only tells how text is expanded
         encoded.update({name: value for name, value in image_inputs.items() if name in taken and name not in _COUNTS})
         return encoded
+
+
+def _encoded(tokenizer: Any, text: str, return_tensors: str) -> Any:
+    """A rendered chat as transformers' processors encode it: with the tokenizer's own special tokens (Vicuna's templates
+    do not write the first one), unless the chat begins with its `bos_token`."""
+    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer([text], add_special_tokens=not written, return_tensors=return_tensors)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class FilmStyle:
         limits: pixels by default, at least and at most.
         counts_all: they count the pixels of all frames together, rather than of one frame.
         paced: the model is told the seconds between steps.
+        reads_pixels: `min_pixels` and `max_pixels` of a directory come before its `size`; the others know only `size`.
     """
 
     token: str
@@ -89,6 +96,7 @@ class FilmStyle:
     limits: Limits
     counts_all: bool = True
     paced: bool = False
+    reads_pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class FilmProcessor(ComposedProcessor):
             if pieces.count(mark) != len(given):
                 raise ValueError(f"the text holds {pieces.count(mark)} placeholders {mark} for {len(given)} {what}")
         expanded = "".join(next(marks[piece]) if piece in marks else piece for piece in pieces)
-        encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
+        encoded = _encoded(self.tokenizer, expanded, return_tensors)
         encoded.update(shown)
         return encoded
 
@@ -276,11 +284,10 @@ def _film_limits(source: Source, style: FilmStyle) -> Limits:
 
     said, _ = BaseVideoProcessor.get_video_processor_dict(source.name, **source.options)
     size = said.get("size") or {}
-    least, most = style.limits
-    return (
-        said.get("min_pixels") or size.get("shortest_edge") or least,
-        said.get("max_pixels") or size.get("longest_edge") or most,
-    )
+    least, most = size.get("shortest_edge") or style.limits[0], size.get("longest_edge") or style.limits[1]
+    if style.reads_pixels:
+        least, most = said.get("min_pixels") or least, said.get("max_pixels") or most
+    return least, most
 
 
 def _films(style: FilmStyle, token: str) -> Callable[[Source], FilmProcessor]:
@@ -324,7 +331,9 @@ def _glm_steps(when: Callable[[float], str]) -> Callable[[int, Sequence[tuple[fl
     return write
 
 
-QWEN2_FILMS = FilmStyle("<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False)
+QWEN2_FILMS = FilmStyle(
+    "<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False, reads_pixels=True
+)
 QWEN2_5_FILMS = replace(QWEN2_FILMS, paced=True)
 QWEN3_FILMS = FilmStyle("<|video_pad|>", _timed_steps, (128 * 32**2, 768 * 32**2))
 GLM_FILMS = FilmStyle("<|video|>", _glm_steps(lambda first: str(int(first))), (112**2, 60_000 * 28**2))
