@@ -10,7 +10,7 @@ from typing import Any
 
 from fastattr.errors import InputError
 from fastattr.images import Visual, read_visual, read_visuals
-from fastattr.parts import plain_part, sampling_of, short, sizing_of
+from fastattr.parts import check_whole, plain_part, sampling_of, short, sizing_of
 
 PICTURES = ("image", "video")
 NOT_OPTIONS = (
@@ -78,6 +78,8 @@ class Chat:
             )
         if not any(text.strip() for text in self.texts):
             raise InputError("the messages hold no text, expected some: it is the context the response is read against")
+        for role, text in zip(self.roles, self.texts, strict=True):
+            check_whole(text, f"what the {role} said")
 
     def __reduce__(self) -> tuple[type[Chat], tuple[Any, ...]]:
         return Chat, (self.messages, self.tools, dict(self.template_options))  # a mapping proxy cannot be copied

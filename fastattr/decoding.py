@@ -20,6 +20,7 @@ _COMMON = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "H
 FORMATS = (*_COMMON, "PPM", "ICO", "ICNS", "TGA", "QOI", "PCX", "SGI", "DDS", "MSP", "SPIDER", "IM", "XBM")
 
 ORIENTATION = 0x0112  # of EXIF
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,7 +94,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         if image.mode.startswith("I") or clear is not None:
             return _from_grey(image, clear, name)
         if image.mode == "F":
-            return from_array(np.asarray(image), name)
+            values = np.asarray(image)
+            return from_array(1 - values if _is_white_zero(image) else values, name)
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -128,8 +130,22 @@ def _from_grey(image: Image.Image, clear: int | None, name: str) -> Image.Image:
             "(mode L) or to floats in [0, 1]"
         )
     values = np.asarray(image)
-    grey = values if image.mode == "L" else np.clip(values >> 8, 0, 255).astype(np.uint8)
+    spare = 4 if _tag(image, _BITS) == 12 else 8  # bits beyond the eight that are kept
+    grey = values if image.mode == "L" else np.clip(values >> spare, 0, 255).astype(np.uint8)
+    if _is_white_zero(image):
+        grey = 255 - grey
     return Image.fromarray(grey if clear is None else np.where(values == clear, np.uint8(255), grey)).convert("RGB")
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether a TIFF of more than 8 bits stores white as 0. Pillow turns grey of 8 bits and fewer by itself."""
+    return _tag(image, _PHOTOMETRIC) == 0
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    """A tag of a TIFF that was not made into another picture since it was opened; None where there is none."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def from_array(array: np.ndarray, name: str = "the image array") -> Image.Image:

@@ -11,6 +11,7 @@ sees; the keys in `IGNORED` do not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 TIMES = ("fps", "nframes", "num_frames", "video_start", "video_end")
 # `detail` chooses a size for OpenAI's own models
 IGNORED = ("detail", "cache_control", "id", "uuid", "name", "title", "media_type", "mime_type")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def plain_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -133,6 +135,20 @@ def _positive(part: Mapping[str, Any], key: str, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
         raise InputError(f"{key} is {short(value)}, expected a {'whole ' if whole else ''}number above 0")
     return value
+
+
+def check_whole(text: str, name: str) -> None:
+    """Refuse text with half of a character (a lone surrogate), as JSON that was cut and bytes of another encoding leave.
+
+    Raises:
+        InputError: no tokenizer reads it.
+    """
+    half = _HALF.search(text)
+    if half is not None:
+        raise InputError(
+            f"{name} holds {half[0]!r} at character {half.start()}, half of a character, which no tokenizer reads; expected "
+            "text of whole characters"
+        )
 
 
 def short(value: Any) -> str:

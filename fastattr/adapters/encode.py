@@ -21,7 +21,7 @@ from fastattr.adapters.wording import ShownAs, render, text_positions
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
 from fastattr.images import Visual
-from fastattr.parts import SIZES
+from fastattr.parts import SIZES, check_whole
 from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
@@ -182,9 +182,11 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
     Text is tokenised without special tokens; ids are kept as they are.
 
     Raises:
-        InputError: the response is empty, or holds ids outside the vocabulary or the image placeholder.
+        InputError: the response is empty, or holds half of a character, ids outside the vocabulary or the image
+            placeholder.
     """
     if isinstance(response, str):
+        check_whole(response, "the response")
         ids = _tokenise(model, response)
         if not response.strip() or len(ids) == 0:
             raise InputError(

@@ -65,11 +65,17 @@ class ComposedProcessor:
         if len(pieces) != n_images + 1:
             raise ValueError(f"the text holds {len(pieces) - 1} image placeholders for {n_images} images")
         expanded = pieces[0] + "".join(self.expand(image_inputs, i) + piece for i, piece in enumerate(pieces[1:]))
-        # the template has written the special tokens already
-        encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
+        encoded = _encoded(self.tokenizer, expanded, return_tensors)
         taken = self.image_processor.model_input_names  # what is left over only tells how text is expanded
         encoded.update({name: value for name, value in image_inputs.items() if name in taken and name not in _COUNTS})
         return encoded
+
+
+def _encoded(tokenizer: Any, text: str, return_tensors: str) -> Any:
+    """A rendered chat as transformers' processors encode it: with the tokenizer's own special tokens (Vicuna's templates
+    do not write the first one), unless the chat begins with its `bos_token`."""
+    written = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return tokenizer([text], add_special_tokens=not written, return_tensors=return_tensors)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class FilmStyle:
         limits: pixels by default, at least and at most.
         counts_all: they count the pixels of all frames together, rather than of one frame.
         paced: the model is told the seconds between steps.
+        reads_pixels: `min_pixels` and `max_pixels` of a directory come before its `size`; the others know only `size`.
     """
 
     token: str
@@ -89,6 +96,7 @@ class FilmStyle:
     limits: Limits
     counts_all: bool = True
     paced: bool = False
+    reads_pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class FilmProcessor(ComposedProcessor):
             if pieces.count(mark) != len(given):
                 raise ValueError(f"the text holds {pieces.count(mark)} placeholders {mark} for {len(given)} {what}")
         expanded = "".join(next(marks[piece]) if piece in marks else piece for piece in pieces)
-        encoded = self.tokenizer([expanded], add_special_tokens=False, return_tensors=return_tensors)
+        encoded = _encoded(self.tokenizer, expanded, return_tensors)
         encoded.update(shown)
         return encoded
 
@@ -173,14 +181,14 @@ def load_processor(name: str | Path, **options: Any) -> Any:
     Raises:
         UnsupportedModelError: torchvision is missing and this family's halves cannot be joined.
     """
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig
 
     source = Source(name, options)
     try:
-        processor = source.load(AutoProcessor)
+        processor = _joint(source)
         if type(processor).__name__ == "PaliGemmaProcessor" and processor.chat_template is None:
             processor.chat_template = _AS_SAID.replace("IMAGE", processor.image_token)
-        return _complete(processor, source) if getattr(processor, "patch_size", 0) is None else processor
+        return _complete(processor, source)
     except (ImportError, ValueError, OSError, TypeError, RecursionError) as error:
         # TypeError: transformers 5.0 without torchvision; RecursionError: its video half looks for itself without it
         from transformers.utils import is_torchvision_available
@@ -198,6 +206,27 @@ def load_processor(name: str | Path, **options: Any) -> Any:
         return compose(source)
 
 
+def _joint(source: Source) -> Any:
+    """The joint processor as transformers loads it, and for LLaVA-NeXT-Video also where transformers does not.
+
+    Where the directory has no settings for videos, transformers names the video processor after the image processor:
+    `LlavaNextVideoProcessor`. That is the joint class, which looks for its video processor again, without end.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    try:
+        return source.load(AutoProcessor)
+    except RecursionError:
+        if not is_torchvision_available() or source.load(AutoConfig).model_type != "llava_next_video":
+            raise
+    from transformers import LlavaNextVideoProcessor, LlavaNextVideoVideoProcessor
+
+    settings, _ = LlavaNextVideoProcessor.get_processor_dict(source.name, **source.options)
+    parts = [source.load(LlavaNextVideoVideoProcessor), _images(source), _tokenizer(source)]
+    return LlavaNextVideoProcessor.from_args_and_dict(parts, settings)
+
+
 # PaliGemma was taught no turns, only pictures and a text, so its directories have no chat template
 _AS_SAID = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -207,16 +236,25 @@ _AS_SAID = (
 
 
 def _complete(processor: Any, source: Source) -> Any:
-    """Old LLaVA directories leave out what the processor must know of its model."""
+    """Fills in what old LLaVA directories do not say of the model: all of the family but LLaVA-OneVision need
+    `patch_size`, that one `num_image_tokens`."""
     from transformers import AutoConfig
 
+    no_patch_size, no_count = (getattr(processor, name, 0) is None for name in ("patch_size", "num_image_tokens"))
+    if not no_patch_size and not no_count:
+        return processor
     config = source.load(AutoConfig)
-    if config.vision_config.model_type == "pixtral":
+    vision = config.vision_config
+    if vision.model_type == "pixtral":
         return _pixtral(source)
-    processor.patch_size = config.vision_config.patch_size
     strategy = getattr(config, "vision_feature_select_strategy", "default")  # ViP-LLaVA always drops the class token
     processor.vision_feature_select_strategy = strategy
-    processor.num_additional_image_tokens = 1 if strategy == "default" else 0
+    if no_patch_size:
+        processor.patch_size = vision.patch_size
+        processor.num_additional_image_tokens = 1 if strategy == "default" else 0
+    else:
+        processor.num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        processor.vision_aspect_ratio = config.vision_aspect_ratio
     return processor
 
 
@@ -246,11 +284,10 @@ def _film_limits(source: Source, style: FilmStyle) -> Limits:
 
     said, _ = BaseVideoProcessor.get_video_processor_dict(source.name, **source.options)
     size = said.get("size") or {}
-    least, most = style.limits
-    return (
-        said.get("min_pixels") or size.get("shortest_edge") or least,
-        said.get("max_pixels") or size.get("longest_edge") or most,
-    )
+    least, most = size.get("shortest_edge") or style.limits[0], size.get("longest_edge") or style.limits[1]
+    if style.reads_pixels:
+        least, most = said.get("min_pixels") or least, said.get("max_pixels") or most
+    return least, most
 
 
 def _films(style: FilmStyle, token: str) -> Callable[[Source], FilmProcessor]:
@@ -294,7 +331,9 @@ def _glm_steps(when: Callable[[float], str]) -> Callable[[int, Sequence[tuple[fl
     return write
 
 
-QWEN2_FILMS = FilmStyle("<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False)
+QWEN2_FILMS = FilmStyle(
+    "<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False, reads_pixels=True
+)
 QWEN2_5_FILMS = replace(QWEN2_FILMS, paced=True)
 QWEN3_FILMS = FilmStyle("<|video_pad|>", _timed_steps, (128 * 32**2, 768 * 32**2))
 GLM_FILMS = FilmStyle("<|video|>", _glm_steps(lambda first: str(int(first))), (112**2, 60_000 * 28**2))

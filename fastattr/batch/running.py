@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from fastattr.batch import local
 from fastattr.batch.output import Failure, Reason, open_output, reasons_of
 from fastattr.batch.plan import Plan, settle, shard_of
+from fastattr.batch.reach import AllowUrls, reach_of
 from fastattr.batch.shards import Job, ShardResult, Task, Underway
 from fastattr.batch.sources import Fields, find_inputs, litter_in_folders, scan
 from fastattr.config import AnyConfig, configure
@@ -100,6 +101,7 @@ def run(
     trust_remote_code: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     input_options: Mapping[str, Any] | None = None,
+    allow_urls: AllowUrls = (),
     engine: Engine = local.run,
     stop: threading.Event | None = None,
     tell: Tell = lambda progress: None,
@@ -118,7 +120,11 @@ def run(
         max_error_rate: share of failed rows above which the batch is given up; see `Summary.outcome`.
         device: of the models; by default a GPU for each worker where there are some, else the CPU.
         dtype, trust_remote_code: as for `fastattr.load`.
-        storage_options, input_options: for fsspec, of the output and of inputs and images.
+        storage_options, input_options: for fsspec, of the output and of the inputs; images in the store of their input
+            are read with the same.
+        allow_urls: what rows may name besides files in the folder of their input and URLs of its store: beginnings of
+            URLs, such as `https://images.example.org/`, `s3://bucket/pictures/` or `file:///data/pictures/`. A mapping
+            gives each its options for fsspec.
         stop: ends the batch soon after it is set.
 
     Raises:
@@ -132,6 +138,7 @@ def run(
         raise InputError(f"max_error_rate is {max_error_rate!r}, expected a share from 0 (none) to 1 (all)")
     names = [inputs] if isinstance(inputs, str | Path) else inputs
     fields = Fields() if fields is None else fields
+    allowed = {url: dict(options) for url, options in reach_of(None, None, allow_urls).allowed.items()}
     output = open_output(str(out), storage_options)
     plan = Plan(
         day=datetime.now(timezone.utc).date(),
@@ -158,7 +165,9 @@ def run(
             for each in sorted(output.shards_with_failures() & earlier.keys())
             for failure in output.read_failures(each)
         ]
-        job = Job(plan, str(out), device, dict(storage_options or {}), dict(input_options or {}), trust_remote_code)
+        job = Job(
+            plan, str(out), device, dict(storage_options or {}), dict(input_options or {}), trust_remote_code, allowed
+        )
         tasks = [Task(shard) for shard in shards if shard.number not in earlier]
         done = sum(earlier.values())
         count = _Count(Progress(plan.n_rows, done, len(failures), done, len(shards), len(earlier)))

@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from typing import Any, BinaryIO, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from fastattr.batch.reach import MAX_ROW_BYTES, Reach, local_path, locate, open_regular, reach_of
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import DatasetError, ImageError, InputError
 from fastattr.log.record import check_request_id
@@ -53,8 +52,9 @@ class Fields:
     Attributes:
         id: a string or a whole number, unique in all inputs: of rows with the same id only the first is explained. For a
             WebDataset sample its key.
-        image: a path from the input file, a URL that fsspec knows, a `data:` URL, bytes, or a mapping with `bytes`,
-            `base64` or `path`. Not needed where the parts of the messages hold the pictures.
+        image: a path within the folder of the input file, a URL of its store or of those that are allowed (see `reach`),
+            a `data:` URL, bytes, or a mapping with `bytes`, `base64` or `path`. Not needed where the parts of the
+            messages hold the pictures.
         prompt: the user's text.
         response: text or token ids; where it is missing the model answers.
     """
@@ -121,6 +121,11 @@ class Input:
     def name(self) -> str:
         return _name(self.path)
 
+    @property
+    def folder(self) -> str:
+        """Where it lies, a path or a URL."""
+        return _folder(self.path)
+
     def place(self, row: int) -> str:
         """In words; `row` counts from 0."""
         return _place(self.name, row)
@@ -149,7 +154,10 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
                     raise DatasetError(f"{name!r} holds no file that ends in {', '.join(FORMATS)}")
                 found += [system.unstrip_protocol(each) if "://" in name else each for each in inside]
             elif _suffix(name) == ".json":
-                found += _shards_of_index(name, system.cat_file(path))
+                with _opened(name, storage_options) as (file, n_bytes):
+                    if n_bytes > MAX_ROW_BYTES:
+                        raise DatasetError(f"{name!r} is larger than {MAX_ROW_BYTES >> 20} MiB, which is no index")
+                    found += _shards_of_index(name, file.read(MAX_ROW_BYTES))
             elif _suffix(name) in FORMATS:
                 found.append(name if "://" in name else path)
             else:
@@ -344,18 +352,21 @@ def read_rows(
     first: int,
     fields: Fields,
     storage_options: Mapping[str, Any] | None = None,
+    reach: Reach | None = None,
 ) -> Iterator[Row | Fault]:
     """Rows `start` to `stop` of a file; images stay where they are, unless they lie in the file itself.
 
     Args:
         offset: in bytes, where row `start` begins.
         first: the number of row `start` among all rows of the plan.
+        reach: what rows may name; by default the folder and the store of the file.
 
     Raises:
         DatasetError: the file cannot be read, or is not the one that was scanned.
     """
     n = stop - start
     repeats = dict(source.repeats)
+    reach = reach_of(source.folder, storage_options) if reach is None else reach
     with _opened(source.path, storage_options) as (file, _):
         raw: Iterator[Mapping[str, Any] | _Broken]
         if _format(source.path) == "jsonl":
@@ -382,8 +393,8 @@ def read_rows(
             try:
                 if _format(source.path) == "tar":
                     values = _read_parts(values, ("json", fields.prompt, fields.response))
-                yield to_row(values, fields, number=number, id=id, place=place, base=_folder(source.path))
-            except Exception as error:  # fields may hold values of any type and depth
+                yield to_row(values, fields, number=number, id=id, place=place, reach=reach)
+            except Exception as error:  # a field may hold anything, however deep and large
                 yield Fault(number, id, place, error)
         if count < n:
             raise DatasetError(
@@ -391,14 +402,15 @@ def read_rows(
             )
 
 
-def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, place: str, base: str) -> Row:
+def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, place: str, reach: Reach) -> Row:
     """A row from its fields.
 
     Args:
-        base: folder or URL that paths of images start from; empty for paths as they are.
+        reach: which images it may name.
 
     Raises:
         InputError: a field is missing, there twice under two names, or of a wrong type; the message names it.
+        ImageError: it names an image that it may not.
     """
     image, images = values.get(fields.image), values.get("images")
     prompt, messages = values.get(fields.prompt), values.get("messages")
@@ -408,7 +420,7 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         raise InputError(_choice(values, fields.image, "images"))
     if images is not None and (not isinstance(images, list | tuple | np.ndarray) or len(images) == 0):
         raise InputError(f"images is {_short(images)}, expected a list of at least one")
-    pictures = tuple(_image(each, base) for each in ([image] if images is None else images))
+    pictures = tuple(_image(each, reach) for each in ([image] if images is None else images))
     if (prompt is None) == (messages is None):
         raise InputError(_choice(values, fields.prompt, "messages"))
     if messages is not None:
@@ -439,18 +451,7 @@ def _template_options(value: Any) -> Mapping[str, Any]:
     return {name: each for name, each in (value or {}).items() if each is not None}
 
 
-def read_image(image: bytes | str, storage_options: Mapping[str, Any] | None = None) -> bytes:
-    """The encoded bytes of an image. Raises `ImageError`."""
-    if isinstance(image, bytes):
-        return image
-    try:
-        with fsspec.open(image, "rb", **_options(image, storage_options)) as file:
-            return file.read()
-    except Exception as error:  # each store has errors of its own
-        raise ImageError(f"image {image[:200]!r} cannot be read: {_reason(error)}") from error
-
-
-def _image(value: Any, base: str) -> bytes | str:
+def _image(value: Any, reach: Reach) -> bytes | str:
     if isinstance(value, Mapping):  # as the Image feature of Hugging Face datasets is stored, or base64 in JSON
         given = {name: each for name, each in value.items() if each is not None}
         if "bytes" in given:
@@ -465,16 +466,12 @@ def _image(value: Any, base: str) -> bytes | str:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(f"the image is {_short(value)}, expected a path, a URL or bytes")
-    if value.startswith("file://"):  # as in message parts
-        value = unquote(urlsplit(value).path)
-    if value.startswith("data:"):
+    if value[:5].lower() == "data:":
         head, comma, body = value.partition(",")
-        if not comma or not head.endswith(";base64"):
+        if not comma or not head.lower().endswith(";base64"):
             raise InputError(f"the image is {_short(value)}, expected data:image/png;base64,... or a path")
         return _decode(body)
-    if "://" in value or value.startswith("/") or not base:
-        return value
-    return f"{base}/{value}"
+    return locate(value, reach)
 
 
 def _decode(text: Any) -> bytes:
@@ -655,7 +652,12 @@ def _shards_of_index(name: str, data: bytes) -> list[str]:
         raise DatasetError(
             f"{name!r} is no index of WebDataset shards, expected {{'shardlist': [{{'url': ...}}]}}"
         ) from error
-    return [url if "://" in url or url.startswith("/") else f"{_folder(name)}/{url}" for url in shards]
+    try:  # an index gets at no more than a row does
+        return [locate(url, reach_of(_folder(name))) for url in shards]
+    except (ImageError, TypeError) as error:
+        raise DatasetError(
+            f"{name!r} names a shard that is not in its folder or its store: {shards}; name the shards themselves"
+        ) from error
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -664,11 +666,16 @@ def _shards_of_index(name: str, data: bytes) -> list[str]:
 @contextmanager
 def _opened(path: str, storage_options: Mapping[str, Any] | None) -> Iterator[tuple[BinaryIO, int]]:
     with _reading(path):
-        system, inside = url_to_fs(path, **_options(path, storage_options))
-        with system.open(inside, "rb") as file:
+        local = local_path(path)
+        with open_regular(local) if local is not None else _open_url(path, storage_options) as file:
             n_bytes = file.seek(0, io.SEEK_END)
             file.seek(0)
             yield file, n_bytes
+
+
+def _open_url(url: str, storage_options: Mapping[str, Any] | None) -> Any:
+    system, inside = url_to_fs(url, **(storage_options or {}))
+    return system.open(inside, "rb")
 
 
 @contextmanager

@@ -385,11 +385,13 @@ def _check_request(
 ) -> str:
     """Check a request before the model is loaded; returns the device. Raises `InputError` or `ImageError`."""
     from fastattr.chat import as_chat, read_prompt
+    from fastattr.parts import check_whole
 
     visuals, asked = read_prompt(images, prompt)
     as_chat(asked, len(visuals))
     if response is not None and not response.strip():
         raise InputError(f"--response is {response!r}, expected some text; leave it out to let the model answer")
+    check_whole(response or "", "--response")
     return choose_device(device)
 
 
@@ -421,7 +423,7 @@ def _frames(folder: Path) -> list[Path]:
 
 def _read_messages(path: Path) -> Messages | fastattr.Chat:
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
+        messages = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a conversation in JSON: {error}") from error
     if isinstance(messages, dict):

@@ -63,6 +63,14 @@ def batch(
     ] = "response",
     content: Annotated[ContentName, typer.Option(help="What of a response is kept.")] = ContentName.ids,
     images: Annotated[ImagesName, typer.Option(help="What of its pictures is kept.")] = ImagesName.hash,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where rows may have images besides the folder or store of IN: the beginning of a URL, also file:///DIR/; "
+            "may be repeated.",
+            metavar="URL",
+        ),
+    ] = None,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows that are published together.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows only.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default a GPU or a core each.")] = None,
@@ -110,6 +118,7 @@ def batch(
             device=device,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code,
+            allow_urls=allow_url or (),
             engine=engine,
             stop=stop,
             tell=tell,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattr.chat import Chat, Messages, Prompt
 from fastattr.errors import InputError
 from fastattr.images import Visual, encoded_bytes, read_image
+from fastattr.log.config import Images
 from fastattr.log.record import Content
 from fastattr.parts import plain_part, without_source
 from fastattr.types import Attribution
@@ -84,6 +85,8 @@ class Request(NamedTuple):  # made on the request's path: a third of a frozen da
         rate: it is kept where `share` is below this, or below the rate of low evidence.
         n_bytes: what it holds in memory.
         image_sha256: of the pictures as they were given, where it went through the disk; else None.
+        keep_images: what of the pictures is kept, as of `LogConfig.images`, by the logger that it came from; None where
+            that is the one that explains it.
     """
 
     record_id: str
@@ -97,6 +100,7 @@ class Request(NamedTuple):  # made on the request's path: a third of a frozen da
     rate: float
     n_bytes: int
     image_sha256: tuple[str, ...] | None = None
+    keep_images: Images | None = None
 
 
 def prompt_of(messages: str | Messages | Chat) -> Prompt:

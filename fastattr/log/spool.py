@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -61,7 +62,7 @@ class SpoolWriter:
         self._durable = (0, 0)
         self._torn = False
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _cannot_write(path, error) from error
 
@@ -186,6 +187,20 @@ def make_folder(path: Path) -> None:
     with suppress(FileExistsError):  # another process was faster; a file in the way shows at the first use
         path.mkdir()
     sync_folder(path.parent)
+
+
+def make_private_folder(path: Path) -> None:
+    """As `make_folder`, for its owner alone, whatever the umask: prompts and pictures wait in it. Raises `OSError`.
+
+    One that was there before stays as it is where somebody else owns it.
+    """
+    make_folder(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+        sync_folder(path.parent)
+    held = path.stat()
+    if stat.S_IMODE(held.st_mode) & 0o077 and held.st_uid == os.geteuid():
+        path.chmod(0o700)
 
 
 def sync_folder(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastattr.batch.reach import reach_of
+from fastattr.batch.reach import read as read_named
 from fastattr.batch.sources import (
     Fault,
     Fields,
@@ -22,7 +25,6 @@ from fastattr.batch.sources import (
     Row,
     find_inputs,
     litter_in_folders,
-    read_image,
     read_rows,
     scan,
 )
@@ -92,15 +94,19 @@ def test_every_row_once_and_in_order(
     ("values", "expected"),
     [
         ({"image": "sub/a.png"}, "{folder}/sub/a.png"),
-        ({"image": "/abs/a.png"}, "/abs/a.png"),
-        ({"image": "memory://b/a.png"}, "memory://b/a.png"),
+        ({"image": "{folder}/abs/a.png"}, "{folder}/abs/a.png"),
+        ({"image": "file://{folder}/a%20b.png"}, "{folder}/a b.png"),
         ({"image": {"path": "a.png", "bytes": None}}, "{folder}/a.png"),
         ({"image": {"base64": base64.b64encode(PICTURE).decode()}}, PICTURE),
         ({"image": "data:image/png;base64," + base64.b64encode(PICTURE).decode()}, PICTURE),
     ],
 )
 def test_images_come_as(tmp_path: Path, values: dict[str, Any], expected: str | bytes) -> None:
-    (found,) = read(write_jsonl(tmp_path / "a.jsonl", [row(**values)]))
+    named = {
+        key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in values.items()
+    }
+    (found,) = read(write_jsonl(tmp_path / "a.jsonl", [row(**named)]))
     assert isinstance(found, Row)
     wanted = expected.format(folder=tmp_path) if isinstance(expected, str) else expected
     assert found.images == (wanted,)
@@ -145,13 +151,13 @@ def test_messages_that_hold_their_pictures(tmp_path: Path) -> None:
     parts = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}, "max_pixels": 5000},
         {"type": "image", "path": "sub/a.png"},
-        {"type": "image", "url": "file:///abs/a%20b.png"},
+        {"type": "image", "url": f"file://{tmp_path}/abs/a%20b.png"},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded}},
     ]
     asked = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
     (found,) = read(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "messages": asked}]))
     assert isinstance(found, Row) and isinstance(found.prompt, Chat)
-    assert found.images == (PICTURE, f"{tmp_path}/sub/a.png", "/abs/a b.png", PICTURE)
+    assert found.images == (PICTURE, f"{tmp_path}/sub/a.png", f"{tmp_path}/abs/a b.png", PICTURE)
     assert [dict(part) for part in found.prompt.parts[:2]] == [{"type": "image", "max_pixels": 5000}, {"type": "image"}]
     for bad, told in (
         ([parts[0], {"type": "image"}], "1 of 2 picture parts hold no picture"),
@@ -495,7 +501,22 @@ def test_images_from_a_store(tmp_path: Path) -> None:
         file.write(json.dumps(row()).encode())
     (found,) = read("memory://bucket/rows/in.jsonl")
     assert plain(found)[1] == ("memory://bucket/rows/a.png",)
-    assert read_image(plain(found)[1][0]) == PICTURE
-    for missing in ("memory://bucket/none.png", str(tmp_path / "none.png"), "nothing://x"):
-        with pytest.raises(ImageError, match="cannot be read"):
-            read_image(missing)
+    reach = reach_of("memory://bucket/rows")
+    assert read_named(plain(found)[1][0], reach) == PICTURE
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_named("memory://bucket/none.png", reach)
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_named(str(tmp_path / "none.png"), reach_of(str(tmp_path)))
+
+
+@pytest.mark.parametrize("url", ["../../outside.tar", "/etc/x.tar", "https://example.org/a.tar", "x::file:///a.tar", 5])
+def test_an_index_names_only_what_lies_beside_it(tmp_path: Path, url: object) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"shardlist": [{"url": url}]}))
+    with pytest.raises(DatasetError, match="names a shard that is not in its folder"):
+        find_inputs([str(tmp_path / "index.json")])
+
+
+def test_a_pipe_that_has_the_name_of_an_input_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DatasetError, match="no regular file"):
+        scan(find_inputs([str(tmp_path)]), Fields(), 2)

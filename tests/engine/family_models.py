@@ -464,7 +464,13 @@ def internvl() -> Tiny:
     chat = _chat(
         "<|im_start|>{{ message['role'] }}\\n", "<IMG_CONTEXT>\\n", "<|im_end|>\\n", "<|im_start|>assistant\\n"
     )
-    tokenizer = byte_tokenizer(special, chat, eos_token="<|im_end|>", pad_token="<|im_start|>")
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    tokenizer = byte_tokenizer(special, chat, eos_token="<|im_end|>", pad_token="<|im_start|>", **named)
     side = 8 * PATCH
     config = transformers.InternVLConfig(
         vision_config=_tower(image_size=side, patch_size=PATCH),

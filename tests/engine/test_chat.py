@@ -216,6 +216,24 @@ def test_broken_conversations_say_what_is_wrong(image: Any, messages: Any, told:
         read_prompt(image, messages)
 
 
+BROKEN = "a cat \ud83d"  # as of JSON that was cut within an emoji
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: fastattr.attribute(model, picture(), BROKEN, ANSWER),
+        lambda model: fastattr.attribute(model, picture(), [turn("user", {"type": "image"}, BROKEN)], ANSWER),
+        lambda model: fastattr.attribute(model, picture(), PROMPT, BROKEN),
+        lambda model: fastattr.attribute_batch(model, [(picture(), BROKEN, ANSWER)]),
+        lambda model: fastattr.stream(model, picture(), BROKEN),
+    ],
+)
+def test_text_with_half_a_character_is_refused(qwen: fastattr.Model, ask: Any) -> None:
+    with pytest.raises(fastattr.InputError, match=r"holds '\\ud83d' at character 6, half of a character"):
+        ask(qwen)
+
+
 def test_the_same_word_in_every_turn(model: fastattr.Model) -> None:
     """Each is found in its own turn, in order, and not the template's."""
     chat = Chat([turn("user", IMAGE, "Yes"), turn("assistant", "Yes"), turn("user", "Yes")])

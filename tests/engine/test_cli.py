@@ -241,6 +241,7 @@ WRONG = {
     "methods": ("{picture}", "--out", "{folder}/x.png", "--method", "arc", "--method", "tam"),
     "scales": ("{picture}", "--scales", "0"),
     "prompt": ("{picture}", "--prompt", ""),
+    "half a character": ("{picture}", "--prompt", "caf\udce9"),  # as Python reads an argument that is not UTF-8
     "image": ("{folder}/missing.png",),
     "no picture": ("{folder}/notes.txt",),
     "a broken frame": ("{folder}/frames",),
@@ -269,6 +270,15 @@ def test_wrong_requests_are_refused_before_a_model_is_loaded(
     chosen = [word.format(picture=picture, folder=tmp_path) for word in words]
     assert run(monkeypatch, "explain", *chosen, *(["--live"] if live else [])) == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversation_with_a_byte_order_mark(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What?"}]
+    told = tmp_path / "chat.json"
+    told.write_text(json.dumps([{"role": "user", "content": content}]), encoding="utf-8-sig")
+    out = tmp_path / "x.json"
+    assert run(monkeypatch, "explain", "--messages", told, "--response", "a", "--scales", "1", "--out", out) == 0
+    assert json.loads(out.read_text())["prompt"] == "What?"
 
 
 def test_plots_without_matplotlib_are_refused_before_anything_is_judged(

@@ -208,6 +208,44 @@ def test_cmyk() -> None:
     np.testing.assert_allclose(pixels(encoded(image, "JPEG"))[4, 4], RED, atol=3)
 
 
+def tiff(bits: int, photometric: int, row: bytes, *, width: int, sample_format: int = 1) -> bytes:
+    """One uncompressed row of grey. Pillow cannot write these."""
+    fields = [(256, 4, width), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    fields += [(277, 3, 1), (278, 4, 1), (279, 4, len(row)), (339, 3, sample_format)]
+    row += b"\0" * (len(row) % 2)
+    tags = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I" if kind == 4 else "<Hxx", value)
+        for tag, kind, value in fields
+    )
+    return b"II*\0" + struct.pack("<I", 8 + len(row)) + row + struct.pack("<H", len(fields)) + tags + b"\0" * 4
+
+
+GREY = [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "row"),
+    [
+        (8, 1, bytes(GREY)),
+        (12, 1, bytes([0x00, 0x04, 0x00, 0x80, 0x0F, 0xFF])),  # 0, 0x400, 0x800 and 0xfff
+        (16, 1, struct.pack("<4H", 0, 0x4000, 0x8000, 0xFFFF)),
+        (32, 3, struct.pack("<4f", 0, 64 / 255, 128 / 255, 1)),
+    ],
+)
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_grey_of_a_tiff(white_is_zero: bool, bits: int, sample_format: int, row: bytes, opened: bool) -> None:
+    data = tiff(bits, 0 if white_is_zero else 1, row, width=4, sample_format=sample_format)
+    if white_is_zero and bits == 12:  # Pillow reads no such file
+        with pytest.raises(fastattr.ImageError):
+            read_image(data)
+        return
+    image = Image.open(io.BytesIO(data)) if opened else data
+    expected = [255 - grey for grey in GREY] if white_is_zero else GREY
+    for _ in range(2):  # Pillow forgets how a picture lies in its file once it is decoded
+        assert np.abs(pixels(image)[0, :, 0].astype(int) - expected).max() <= 1
+
+
 def test_float_tiff() -> None:
     image = Image.fromarray(np.array([[0.0, 1.0]], dtype=np.float32))
     assert pixels(encoded(image, "TIFF"))[0, :, 0].tolist() == [0, 255]

@@ -507,3 +507,22 @@ def test_a_worker_goes_on_until_it_is_stopped(
         worker.join(PATIENCE_S)
     assert not worker.is_alive() and results[0].written == 2
     assert set(records(dest)) == {"0", "1"} and any("written" in line for line in said)
+
+
+@pytest.mark.parametrize("rule", ["none", "hash", "store"])
+def test_what_is_kept_of_pictures_is_the_rule_of_the_logger_they_came_from(
+    tmp_path: Path, model: fastattr.Model, picture: Image.Image, opened: Callable[..., AttributionLogger], rule: str
+) -> None:
+    """Another logger writes its own rule into the same spool before the worker reads it."""
+    options = {"explain": "worker", "attribution": "lens@1", "content": "none"}
+    for name, images_ in (("own", rule), ("another", "none" if rule == "store" else "store")):
+        logger = opened(images=images_, **options)
+        assert logger.submit_replay(PROMPT, [picture], answer(model, picture), request_id=name)
+        assert logger.flush(PATIENCE_S)
+    waiting = {path: path.read_bytes() for path in inbox.waiting(tmp_path / "dest" / "spool")}
+    digest = hashlib.sha256(f"{picture.width} {picture.height} ".encode() + picture.tobytes()).hexdigest()
+    assert sum(digest.encode() in data for data in waiting.values()) == (2 if rule == "hash" else 1)
+    explain_all(tmp_path / "dest", model)
+    kept = records(tmp_path / "dest")["own"].envelope
+    assert kept.image_sha256 == (None if rule == "none" else (digest,))
+    assert (kept.images is not None) == (rule == "store")

@@ -12,7 +12,7 @@ from PIL import Image
 import fastattr
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, wrap
 from tests.engine.families.tiny_llava import captured, llava_padded, video_llava, vip_llava
-from tests.engine.family_models import ANSWER, PROMPT, llava_clip, llava_siglip, picture
+from tests.engine.family_models import ANSWER, PROMPT, installed_half, llava_clip, llava_siglip, picture
 from tests.engine.test_wrap_load import saved
 
 ROWS = [
@@ -61,7 +61,8 @@ def test_several_padded_pictures_have_maps_of_their_own_form() -> None:
 def test_load_completes_an_old_processor(row: Row, tmp_path: Path) -> None:
     """Directories from before transformers 4.46 do not say what the processor must know of its model."""
     held = row.make()
-    model = fastattr.load(saved(tmp_path, held, held.processor.image_processor, "LlavaProcessor"))
-    ours = fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=(1.0,))
-    theirs = fastattr.attribute(wrap(row), picture(), PROMPT, ANSWER, scales=(1.0,))
+    directory = saved(tmp_path, held, held.processor.image_processor, "LlavaProcessor")
+    ours = fastattr.attribute(fastattr.load(directory), picture(), PROMPT, ANSWER, scales=(1.0,))
+    whole = fastattr.wrap(held.hf_model, installed_half(held.processor, directory))
+    theirs = fastattr.attribute(whole, picture(), PROMPT, ANSWER, scales=(1.0,))
     torch.testing.assert_close(ours.image[0], theirs.image[0])

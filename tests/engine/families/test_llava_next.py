@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.utils import is_torchvision_available
 
 import fastattr
 from fastattr import adapters
@@ -30,13 +32,14 @@ from tests.engine.families.other_ways import prove_batch_of_attributions
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, wrap
 from tests.engine.families.tiny_llava import captured
 from tests.engine.families.tiny_llava_next import (
+    SIDE,
     granite4_vision,
     llava_next,
     llava_next_video,
     llava_onevision,
     llava_onevision_shrunk,
 )
-from tests.engine.family_models import ANSWER, PROMPT, installed_half, picture
+from tests.engine.family_models import ANSWER, PATCH, PROMPT, installed_half, picture
 from tests.engine.test_wrap_load import saved
 
 VIDEO = "the processor: it needs torchvision for video"
@@ -298,15 +301,37 @@ def test_the_number_of_tokens_is_the_models(scale: float) -> None:
         fastattr.attribute(model, picture(), PROMPT, ANSWER, scales=(scale,))
 
 
-@pytest.mark.parametrize("row", ROWS[1:3], ids=lambda row: row.make.__name__)
-def test_load_joins_the_halves_of_the_processor(row: Row, tmp_path: Path) -> None:
-    """For still images, where the joint class would ask for torchvision."""
+PUBLISHED = {  # what directories say of the model beside the settings of pictures; old ones say none of it
+    "llava_next_video": {
+        "processor_class": "LlavaNextVideoProcessor",
+        "patch_size": PATCH,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+    "llava_onevision": {
+        "processor_class": "LlavaOnevisionProcessor",
+        "num_image_tokens": 16,
+        "vision_feature_select_strategy": "full",
+    },
+}
+
+
+@pytest.mark.parametrize("said", [True, False], ids=["published", "old"])
+@pytest.mark.parametrize("row", ROWS[1:4], ids=lambda row: row.make.__name__)
+def test_load(row: Row, said: bool, tmp_path: Path) -> None:
+    """Of a directory as on the hub, with the joint class or, without torchvision, its halves joined."""
     held = row.make()
     directory = saved(tmp_path, held, held.processor.image_processor, None)
-    pictures = [picture(67, 91), picture(30, 200)]
+    if said:
+        (directory / "processor_config.json").write_text(json.dumps(PUBLISHED[row.model_type]))
     loaded = fastattr.load(directory)
+    assert loaded.takes_videos == is_torchvision_available()
     wrapped = fastattr.wrap(held.hf_model, installed_half(held.processor, directory))
-    ours, theirs = (fastattr.attribute(model, pictures, PROMPT, ANSWER, scales=(1.0,)) for model in (loaded, wrapped))
-    assert ours.context_tokens == theirs.context_tokens
-    for mine, other in zip(ours.image, theirs.image, strict=True):
-        torch.testing.assert_close(mine, other)
+    asked: list[list[Any]] = [[picture(67, 91), picture(30, 200)], [picture(67, 91)]]
+    if loaded.takes_videos and row.video:
+        asked.append([[picture(SIDE, SIDE, seed) for seed in range(3)]])  # which nobody resizes
+    for shown in asked:
+        ours, theirs = (fastattr.attribute(each, shown, PROMPT, ANSWER, scales=(1.0,)) for each in (loaded, wrapped))
+        assert ours.context_tokens == theirs.context_tokens
+        for mine, other in zip(ours.image, theirs.image, strict=True):
+            torch.testing.assert_close(mine, other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from transformers.models.glm4v.image_processing_pil_glm4v import smart_resize as size_of_all
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as size_of_one
+from transformers.utils import is_torchvision_available
 
 import fastattr
 from fastattr import adapters
@@ -21,7 +23,7 @@ from fastattr.images import read_visuals
 from tests.engine.families import tiny_qwen
 from tests.engine.families.proof import embeddings_at_image_tokens, inside
 from tests.engine.families.tiny_video import JOINT, patches_by_hand, real
-from tests.engine.family_models import ANSWER, PROMPT, Tiny, picture, qwen_image_processor
+from tests.engine.family_models import ANSWER, PATCH, PROMPT, Tiny, picture, qwen_image_processor
 
 
 def film(n: int, height: int = 64, width: int = 96) -> list[Image.Image]:
@@ -295,22 +297,31 @@ def test_text_that_does_not_show_the_videos_is_refused() -> None:
 @pytest.mark.parametrize(
     "said", [None, {"size": {"shortest_edge": 512, "longest_edge": 8 * 64 * 96}}, {"min_pixels": 512}]
 )
-def test_load_composes_processors_of_videos(tmp_path: Path, kind: str, said: dict[str, Any] | None) -> None:
+def test_load_reads_videos_as_the_directory_says(tmp_path: Path, kind: str, said: dict[str, Any] | None) -> None:
     held = tiny(kind)
     held.hf_model.save_pretrained(tmp_path)
     held.processor.tokenizer.save_pretrained(tmp_path)
     held.processor.image_processor.save_pretrained(tmp_path)
     if said is not None:
-        (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(said))
+        cells = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+        (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({**cells, **said}))
     model = fastattr.load(tmp_path)
-    assert isinstance(model.processor, FilmProcessor)
-    assert model.processor.style == held.processor.style or kind.startswith("glm")  # those hold a closure
-    size = held.processor.image_processor.size
-    expected = {
-        0: (size["shortest_edge"], size["longest_edge"]),  # all that is said is said of images
-        1: (512, 8 * 64 * 96),
-        2: (512, model.processor.style.limits[1]),
-    }
-    assert model.processor.limits == expected[(said is not None) + ("min_pixels" in (said or ()))]
-    ours, theirs = encoded(model, [film(4)]), encoded(fastattr.wrap(held.hf_model, held.processor), [film(4)])
+    least, most = held.processor.style.limits
+    if said is None:  # all that is said is said of images
+        size = held.processor.image_processor.size
+        least, most = size["shortest_edge"], size["longest_edge"]
+    elif "size" in said:
+        least, most = 512, 8 * 64 * 96
+    elif kind == "qwen2_vl":  # the video processors of the others do not know `min_pixels`
+        least = 512
+    if is_torchvision_available():  # transformers' own joint class
+        assert type(model.processor) is JOINT["qwen3_vl" if kind == "qwen3_5" else kind]
+        found = model.processor.video_processor.size
+        assert (found["shortest_edge"], found["longest_edge"]) == (least, most)
+    else:
+        assert isinstance(model.processor, FilmProcessor)
+        assert model.processor.style == held.processor.style or kind.startswith("glm")  # those hold a closure
+        assert model.processor.limits == (least, most)
+    whole = fastattr.wrap(held.hf_model, replace(held.processor, limits=(least, most)))
+    ours, theirs = encoded(model, [film(4)]), encoded(whole, [film(4)])
     assert ours.groups == theirs.groups and torch.equal(ours.input_ids, theirs.input_ids)

@@ -23,7 +23,7 @@ from transformers.video_utils import make_batched_metadata
 from tests.engine.families import tiny_gemma, tiny_patches
 from tests.engine.families.tiny_qwen import QWEN_CHAT
 from tests.engine.families.tiny_tiles import internvl_tiles, smolvlm_tiles
-from tests.engine.family_models import Tiny, _chat, byte_tokenizer
+from tests.engine.family_models import Tiny, _chat
 
 
 @dataclass
@@ -72,21 +72,13 @@ def _joint(joint: Callable[..., Any], images: Any, tokenizer: Any, half: Any, **
 def internvl() -> Tiny:
     held = internvl_tiles()
     images = held.processor.image_processor
-    named = {
-        "start_image_token": "<img>",
-        "end_image_token": "</img>",
-        "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }
-    chat = _chat(
+    tokenizer = held.processor.tokenizer
+    tokenizer.chat_template = _chat(
         "<|im_start|>{{ message['role'] }}\\n",
         "<IMG_CONTEXT>\\n{% elif part['type'] == 'video' %}<video>\\n",
         "<|im_end|>\\n",
         "<|im_start|>assistant\\n",
     )
-    # in the order of the model that was made
-    special = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
-    tokenizer = byte_tokenizer(special, chat, eos_token="<|im_end|>", pad_token="<|im_start|>", **named)
     half = FrameHalf(images, "crop_to_patches", "pixel_values_videos")
     return Tiny(held.hf_model, _joint(InternVLProcessor, images, tokenizer, half, image_seq_length=4))
 

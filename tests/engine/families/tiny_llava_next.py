@@ -110,7 +110,7 @@ class VideoDuck:
             pixels = [self.frames(list(video), return_tensors=return_tensors)["pixel_values"] for video in videos]
             seen["pixel_values_videos"] = torch.stack(pixels)
             written = written.replace("<video>", "<video>" * self.video_tokens(len(videos[0])))
-        return {**self.tokenizer([written], add_special_tokens=False, return_tensors=return_tensors), **seen}
+        return {**self.tokenizer([written], return_tensors=return_tensors), **seen}
 
 
 def llava_next_video() -> Tiny:
@@ -141,7 +141,8 @@ def llava_onevision(most_tiles: int = 9) -> Tiny:
     )
     square = {"height": SIDE, "width": SIDE}
     images = LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=RESOLUTIONS)
-    processor = VideoDuck(held, images, SiglipImageProcessorPil(size=square), lambda n: n * 4 + 1)
+    frames = SiglipImageProcessorPil(size=square, image_mean=images.image_mean, image_std=images.image_std)
+    processor = VideoDuck(held, images, frames, lambda n: n * 4 + 1)
     return Tiny(tiny._local(tiny._finish(transformers.LlavaOnevisionForConditionalGeneration, config)), processor)
 
 

@@ -23,6 +23,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import VideoLlama3ImageProcessorPil
 from transformers.models.video_llama_3.processing_video_llama_3 import VideoLlama3Processor
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torchvision_available
 
 from fastattr.adapters.processors import QWEN2_FILMS, ComposedProcessor
 from tests.engine.families.tiny_qwen import LIMITS, qwen_processor
@@ -253,6 +254,16 @@ class KimiImages:
         return {"pixel_values": torch.stack(patches), "image_grid_thw": torch.tensor(grids)}
 
 
+def kimi_images(max_patches: int = 16384, longest: int = 512) -> Any:
+    """The real one where it is."""
+    if not is_torchvision_available():
+        return KimiImages(max_patches, longest=longest)
+    from transformers import Kimi_K25ImageProcessor
+
+    size = {"max_height": longest, "max_width": longest}
+    return Kimi_K25ImageProcessor(max_patches=max_patches, patch_size=PATCH, size=size)
+
+
 def kimi_k25(**limits: int) -> Tiny:
     media = ("<|media_begin|>", "<|media_pad|>", "<|media_end|>", "<|kimi_k25_video_placeholder|>")
     special = ("<|im_user|>", "<|im_assistant|>", "<|im_end|>", *media)
@@ -269,7 +280,7 @@ def kimi_k25(**limits: int) -> Tiny:
         tie_word_embeddings=False,
     )
     hf_model = _finish(transformers.Kimi_K25ForConditionalGeneration, config)
-    return Tiny(hf_model, without_videos(Kimi_K25Processor, KimiImages(**limits), tokenizer))
+    return Tiny(hf_model, without_videos(Kimi_K25Processor, kimi_images(**limits), tokenizer))
 
 
 def video_llama_3() -> Tiny:

@@ -124,6 +124,7 @@ def _minicpm_processor() -> ComposedProcessor:
         eos_token="<|im_end|>",
         pad_token="<|im_start|>",
         image_token="<unk>",
+        video_token="<video>",
         image_start_token="<image>",
         image_end_token="</image>",
         slice_start_token="<slice>",
