@@ -39,6 +39,7 @@ class RayExplainer:
         fields: which column holds what. Paths of images are taken as they are.
         content, images: what records keep, as of `LogConfig`.
         device: of the model; `cuda` where the actors have a GPU each.
+        dtype, trust_remote_code: as of `fastattr.load`.
         input_options: for fsspec, of images that are URLs.
     """
 
@@ -52,6 +53,8 @@ class RayExplainer:
         images: Images = "hash",
         max_new_tokens: int = 256,
         device: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
         input_options: Mapping[str, Any] | None = None,
     ) -> None:
         hide_loading_bars()
@@ -60,7 +63,7 @@ class RayExplainer:
         self._content, self._images, self._max_new_tokens = content, images, max_new_tokens
         self._input_options = input_options
         self._writer, self._sequence = uuid4().hex[:16], 0
-        self._model = load_model(model, device)
+        self._model = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
 
     def __call__(self, batch: Any) -> pa.Table:
         """Explain a batch: an Arrow table, or a mapping of columns, as Ray Data has them."""
