@@ -20,7 +20,7 @@ from fastattr.adapters.encode import encode, group_images
 from fastattr.adapters.ending import end_tokens
 from fastattr.adapters.families import Shown, looks_of, video_looks_of
 from fastattr.adapters.hooks import all_positions, decoder_of, is_uncaptured, unwrap_peft
-from fastattr.adapters.live import adapters_of
+from fastattr.adapters.live import adapters_of, version_of
 from fastattr.adapters.model import Model, check_model
 from fastattr.adapters.states import forward
 from fastattr.adapters.wording import text_positions
@@ -61,6 +61,7 @@ class CapturedStates:
         self.hidden: Tensor | None = None
         self._reading = model.live.reading
         self._adapters: frozenset[Any] | None = None
+        self._head_version: int | None = None  # when `generate` ran
         self._embedded = False
         self.end_tokens = end_tokens(model)
         self._pages = Pages(buffer)
@@ -97,6 +98,7 @@ class CapturedStates:
             return
         if not self.fed:
             self._adapters = adapters_of(unwrap_peft(self.model.hf_model))
+            self._head_version = version_of(self.head.weight)
             self.n_cached = _n_cached(kwargs.get("cache", kwargs.get("past_key_values")))  # renamed in transformers 5
         if self.prompt_ids is None:  # a decoding loop of the user's own
             self._keep_given(ids, kwargs)
@@ -212,7 +214,8 @@ class CapturedStates:
             InputError: it has another one now.
         """
         base = unwrap_peft(self.model.hf_model)
-        if self._reading is not self.model.live.reading and not self._reading.holds(base, self.model.config):
+        is_another = self._reading is not self.model.live.reading and not self._reading.holds(base, self.model.config)
+        if is_another or self._head_version not in (None, version_of(self.head.weight)):
             raise InputError(
                 "the model's output head changed after generate ran (its weights, adapter, dtype or device), so the captured "
                 "states do not belong to it; explain an answer before the model is changed"

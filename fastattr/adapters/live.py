@@ -96,7 +96,7 @@ def adapters_of(hf_model: nn.Module) -> frozenset[Any]:
     for module in modules_of(hf_model):
         own = vars(module)
         if "_disable_adapters" in own:
-            weights = tuple((each.data_ptr(), _version(each)) for each in module.parameters())
+            weights = tuple((each.data_ptr(), version_of(each)) for each in module.parameters())
             active, merged = own.get("_active_adapter"), own.get("merged_adapters")
             found.add((id(module), str(active), own["_disable_adapters"], str(merged), weights))
     return frozenset(found)
@@ -117,5 +117,6 @@ def _length(tokenizer: Any) -> int | None:
     return len(tokenizer) if hasattr(tokenizer, "__len__") else None
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """How often its memory was written to, as far as torch counts that."""
     return 0 if tensor.is_inference() else tensor._version

@@ -40,10 +40,11 @@ class RayExplainer:
         fields: which column holds what.
         content, images: what records keep, as of `LogConfig`.
         device: of the model; `cuda` where the actors have a GPU each.
+        dtype, trust_remote_code: as for `fastattr.load`.
         folder: where images that are named by a path lie, a path or a URL; without it rows hold their images, or name
             URLs of `allow_urls`.
         input_options: for fsspec, of the store the folder is in.
-        allow_urls: what else rows may name, as of `run`.
+        allow_urls: what else rows may name, as for `run`.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class RayExplainer:
         max_new_tokens: int = 256,
         device: str | None = None,
         folder: str | None = None,
+        dtype: str = "auto",
+        trust_remote_code: bool = False,
         input_options: Mapping[str, Any] | None = None,
         allow_urls: AllowUrls = (),
     ) -> None:
@@ -66,7 +69,7 @@ class RayExplainer:
         self._content, self._images, self._max_new_tokens = content, images, max_new_tokens
         self._reach = reach_of(folder, input_options, allow_urls)
         self._writer, self._sequence = uuid4().hex[:16], 0
-        self._model = load_model(model, device)
+        self._model = load_model(model, device, dtype, trust_remote_code=trust_remote_code)
 
     def __call__(self, batch: Any) -> pa.Table:
         """Explain a batch: an Arrow table, or a mapping of columns, as Ray Data has them."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastattr import AttributionConfig
+from fastattr import AttributionConfig, Model, load
 from fastattr.batch import RayExplainer, run
 from fastattr.batch.ray_data import OUTPUT
 from fastattr.batch.running import Engine
@@ -66,6 +66,18 @@ def test_a_row_never_raises(explainer: RayExplainer, rows: list[dict[str, Any]])
     assert last["status"] == "ok" and last["request_id"] == "good"
     for row in others:
         assert row["status"] == "failed" and row["error_type"] and row["error_message"] and row["maps"] is None
+
+
+def test_how_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def note(name: str, **options: Any) -> Model:
+        asked.append(options)
+        return load(name)
+
+    monkeypatch.setattr("fastattr.batch.explaining.load", note)
+    RayExplainer(attribution=LENS, device="cpu", dtype="bfloat16", trust_remote_code=True)
+    assert asked == [{"device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}]
 
 
 def test_an_empty_batch(explainer: RayExplainer) -> None:

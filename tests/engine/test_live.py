@@ -336,6 +336,22 @@ def test_an_adapter_that_is_switched_after_generate() -> None:
     torch.testing.assert_close(again.evidence, right.evidence, rtol=0, atol=1e-6)
 
 
+def test_an_optimizer_step_after_generate() -> None:
+    """It writes into the same memory."""
+    held = tiny.qwen2_vl()
+    model = wrapped(held)
+    states, out = generated(model, held.hf_model)
+    states.attribute(out, prompt=PROMPT)
+    optimizer = torch.optim.AdamW(held.hf_model.parameters(), lr=0.1)
+    for weights in held.hf_model.parameters():
+        weights.grad = torch.ones_like(weights)
+    optimizer.step()
+    with pytest.raises(fastattr.InputError, match="output head changed after generate ran"):
+        states.attribute(out, prompt=PROMPT)
+    states, out = generated(model, held.hf_model)
+    states.attribute(out, prompt=PROMPT)
+
+
 def test_a_head_that_is_replaced_after_generate() -> None:
     held = tiny.qwen2_vl()
     model = wrapped(held)

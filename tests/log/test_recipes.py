@@ -27,8 +27,9 @@ from tokenizers import Tokenizer
 
 import fastattr
 from fastattr.demo.scenes import make_scene
-from fastattr.log import Submission, read
+from fastattr.log import AttributionLogger, Submission, read
 from fastattr.log.recipes.fastapi_server import make_app
+from fastattr.log.recipes.gunicorn_preload import Server
 from fastattr.log.recipes.with_config_file import redact
 
 RECIPES = Path(fastattr.__file__).parent / "log" / "recipes"
@@ -214,6 +215,31 @@ def test_gunicorn_workers_log_into_rooms_of_their_own(scripts: dict[str, Script]
     for tally in done:  # each counts for itself, from 0
         mine = [each.envelope.sequence for each in records if each.envelope.writer == tally["writer"]]
         assert sorted(mine) == list(range(tally["written"])) and mine
+
+
+def test_gunicorn_answers_about_upright_pictures(tmp_path: Path) -> None:
+    scene = make_scene(5).image
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright, the camera lay on its side
+    data = io.BytesIO()
+    scene.transpose(Image.Transpose.ROTATE_90).save(data, format="PNG", exif=exif)
+    body = data.getvalue()
+    with AttributionLogger(str(tmp_path), sample_rate=1.0, content="text", images="store") as logger:
+        server = Server(fastattr.load("shapes"), logger)
+        status, answer = server.answer({"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+        _, expected = server.answer(png_request(scene))
+        assert server.answer({"wsgi.input": io.BytesIO(body[:500]), "CONTENT_LENGTH": "500"})[0][:3] == "415"
+    assert status == "200 OK" and answer["answer"] == expected["answer"]
+    records = list(read(str(tmp_path)))
+    assert len(records) == 2
+    for record in records:
+        np.testing.assert_array_equal(record.attribution.pictures[0][0], np.asarray(scene))
+
+
+def png_request(picture: Image.Image) -> dict[str, Any]:
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    return {"wsgi.input": io.BytesIO(data.getvalue()), "CONTENT_LENGTH": str(len(data.getvalue()))}
 
 
 def test_prometheus_metrics(scripts: dict[str, Script]) -> None:

@@ -8,7 +8,6 @@ The logger is made in the master. It starts no thread there: each worker's begin
 
 from __future__ import annotations
 
-import io
 import json
 import uuid
 from collections.abc import Callable, Iterable
@@ -16,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 
 import fastattr
+from fastattr.errors import ImageError
+from fastattr.images import read_image
 from fastattr.log import AttributionLogger
 from fastattr.log.recipes.answering import GREEDY, PROMPT, inputs_of, text_of
 
@@ -42,8 +42,8 @@ class Server:
         if n_bytes > MAX_PICTURE_BYTES:
             return "413 Content Too Large", {"error": f"the picture has more than {MAX_PICTURE_BYTES} bytes"}
         try:
-            picture = Image.open(io.BytesIO(environ["wsgi.input"].read(n_bytes))).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError):
+            picture = read_image(environ["wsgi.input"].read(n_bytes))  # RGB and upright, as the model is to see it
+        except ImageError:
             return "415 Unsupported Media Type", {"error": "the body is no picture that can be read"}
         request_id = environ.get("HTTP_X_REQUEST_ID") or uuid.uuid4().hex
         try:
