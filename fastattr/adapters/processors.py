@@ -331,9 +331,7 @@ def _glm_steps(when: Callable[[float], str]) -> Callable[[int, Sequence[tuple[fl
     return write
 
 
-QWEN2_FILMS = FilmStyle(
-    "<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False, reads_pixels=True
-)
+QWEN2_FILMS = FilmStyle("<|video_pad|>", _plain_steps, (128 * 28**2, 768 * 28**2), counts_all=False, reads_pixels=True)
 QWEN2_5_FILMS = replace(QWEN2_FILMS, paced=True)
 QWEN3_FILMS = FilmStyle("<|video_pad|>", _timed_steps, (128 * 32**2, 768 * 32**2))
 GLM_FILMS = FilmStyle("<|video|>", _glm_steps(lambda first: str(int(first))), (112**2, 60_000 * 28**2))
