@@ -44,7 +44,7 @@ def rankings(rows: Sequence[ScaleStates], head: OutputHead, top_k: int, backend:
 
 
 def rank(states: Tensor, head: OutputHead, top_k: int, backend: str) -> tuple[Tensor, Tensor]:
-    """What the model ranks highest in each of `states [n dim]`: ordered ids int32 `[n k]`, and logsumexp `[n]`."""
+    """The ids the model ranks highest in each of `states [n dim]`, int32 `[n k]` in order, and logsumexp `[n]`."""
     ids, _, logsumexp = ops.lm_head_summary(
         states,
         head.weight,
@@ -61,13 +61,10 @@ def rank(states: Tensor, head: OutputHead, top_k: int, backend: str) -> tuple[Te
 def rank_and_score(
     states: Tensor, head: OutputHead, token_ids: Tensor, top_k: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What the model ranks highest in each of `states [n dim]`, and what it made of `token_ids [n]`, in one pass.
+    """The ids the model ranks highest in each of `states [n dim]`, and its log-probabilities of `token_ids [n]`.
 
     Returns:
         ordered ids int32 `[n k]`, and log-probabilities in nats `[n]`.
-
-    Raises:
-        InputError: when `top_k` is larger than the vocabulary.
     """
     ids, logsumexp = rank(states, head, top_k, backend)
     logits = ops.lm_head_logit(

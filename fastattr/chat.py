@@ -10,26 +10,28 @@ from typing import Any
 
 from fastattr.errors import InputError
 from fastattr.images import Visual, read_visual, read_visuals
-from fastattr.parts import plain_part, sampling_of, short, sizing_of
+from fastattr.parts import check_whole, plain_part, sampling_of, short, sizing_of
 
 PICTURES = ("image", "video")
-NOT_OPTIONS = frozenset(  # what `apply_chat_template` is told by fastattr itself
-    [
-        "add_generation_prompt",
-        "continue_final_message",
-        "conversation",
-        "max_length",
-        "messages",
-        "padding",
-        "processor_kwargs",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    ]
+NOT_OPTIONS = (
+    frozenset(  # arguments of `apply_chat_template` that fastattr sets itself, or that are not for the template
+        [
+            "add_generation_prompt",
+            "continue_final_message",
+            "conversation",
+            "max_length",
+            "messages",
+            "padding",
+            "processor_kwargs",
+            "return_assistant_tokens_mask",
+            "return_dict",
+            "return_tensors",
+            "tokenize",
+            "tokenizer_kwargs",
+            "tools",
+            "truncation",
+        ]
+    )
 )
 Messages = Sequence[Mapping[str, Any]]  # a conversation as chat templates take it
 
@@ -41,11 +43,11 @@ class Chat:
     Attributes:
         messages: as chat templates take them: mappings with `role` and `content`, which is text or a list of parts
             `{"type": "text", "text": ...}`, `{"type": "image"}` and `{"type": "video"}`. A part may hold its picture:
-            `{"type": "image", "image": ...}`, `{"type": "video", "video": [frame, ...]}`. OpenAI's and Anthropic's ways to
-            write parts are read too and kept in this form, see `fastattr.parts`.
+            `{"type": "image", "image": ...}`, `{"type": "video", "video": [frame, ...]}`. Parts in the formats
+            of OpenAI and Anthropic are converted to this one, see `fastattr.parts`.
         tools: for the chat template; what it writes of them is no context.
-        template_options: what else the chat template reads, by name, such as `{"enable_thinking": False}`. Give what the
-            response was written with: other options make another prompt.
+        template_options: further variables of the chat template, such as `{"enable_thinking": False}`. They must be those
+            the response was generated with: other options make another prompt.
     """
 
     messages: Messages
@@ -61,12 +63,12 @@ class Chat:
         object.__setattr__(self, "tools", tuple(self.tools or ()))
         options = self.template_options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
-            raise InputError(f"template_options is {short(options)}, expected a mapping by name")
+            raise InputError(f"template_options is {short(options)}, expected a mapping with names as keys")
         wrong = sorted(NOT_OPTIONS & set(options))
         if wrong:
             raise InputError(
-                f"template_options holds {wrong[0]!r}, expected what the chat template reads; messages and tools have "
-                "places of their own, and fastattr asks for the prompt as text by itself"
+                f"template_options holds {wrong[0]!r}, expected variables of the chat template; messages and tools are "
+                "arguments of Chat, and the others are set by fastattr"
             )
         object.__setattr__(self, "template_options", MappingProxyType(deepcopy(dict(options))))
         if not self.messages or self.messages[-1]["role"] == "assistant":
@@ -76,6 +78,8 @@ class Chat:
             )
         if not any(text.strip() for text in self.texts):
             raise InputError("the messages hold no text, expected some: it is the context the response is read against")
+        for role, text in zip(self.roles, self.texts, strict=True):
+            check_whole(text, f"what the {role} said")
 
     def __reduce__(self) -> tuple[type[Chat], tuple[Any, ...]]:
         return Chat, (self.messages, self.tools, dict(self.template_options))  # a mapping proxy cannot be copied
@@ -92,7 +96,7 @@ class Chat:
 
     @property
     def roles(self) -> list[str]:
-        """For each text who said it."""
+        """The role of each text."""
         return [m["role"] for m in self.messages for part in _parts(m) if part["type"] == "text"]
 
     @property
@@ -184,7 +188,7 @@ def _parts(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _plain(message: Any) -> Mapping[str, Any]:
-    """A message whose parts have the form of `fastattr.parts`."""
+    """A message with its parts in the form of `fastattr.parts`. Raises `InputError`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InputError(f"a message is {short(message)}, expected a mapping with a role and content")
     content = message.get("content")
@@ -193,7 +197,7 @@ def _plain(message: Any) -> Mapping[str, Any]:
     parts = _parts(message)
     if not all(isinstance(part, Mapping) for part in parts):
         wrong = next(part for part in parts if not isinstance(part, Mapping))
-        raise InputError(f"a message of {message['role']!r} holds {short(wrong)}, expected parts, mappings with a type")
+        raise InputError(f"a message of {message['role']!r} holds {short(wrong)}, expected parts: mappings with a type")
     try:
         plain = [plain_part(part) for part in parts]
     except InputError as error:

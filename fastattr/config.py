@@ -1,4 +1,4 @@
-"""Configurations by name, and the one function that reads a configuration however it was given."""
+"""Configurations by name, and `configure`, which accepts every form in which a configuration may be given."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, Literal, TypedDict
 from fastattr.errors import InputError
 from fastattr.types import DEFAULT_SCALES, DEFAULT_TOP_K, AttributionConfig
 
-# lens and TAM as published, at one scale; ARC is MSEA + ARC with the defaults, at the model's own scales. The best is
-# our own, chosen by `benchmarks/results/sweep_*.jsonl` for maps that are both right and needed
+# lens and TAM as published, at one scale; arc is MSEA + ARC with the defaults, at the model's own scales. best is our
+# own, chosen from `benchmarks/results/sweep_*.jsonl` by plausibility and faithfulness
 METHODS: Mapping[str, AttributionConfig] = {
     "lens": AttributionConfig(method="lens", scales=(1.0,), filter=False),
     "tam": AttributionConfig(method="tam", scales=(1.0,)),
@@ -68,15 +68,15 @@ def method_of(name: str) -> AttributionConfig:
 
 
 def configure(config: AnyConfig, changes: ConfigChanges | None = None, *, default: str = "arc") -> AttributionConfig:
-    """A configuration, however it was given.
+    """The configuration that is meant by `config` and the options beside it.
 
     Args:
         config: a configuration, its name, or a mapping of options in which `method` is a name.
-        changes: options that replace those of `config`. Where `config` is None, `method` among them is its name.
-        default: name of the configuration where neither says one.
+        changes: options that replace those of `config`. Where `config` is None, `method` among them names it.
+        default: name of the configuration where neither names one.
 
     Raises:
-        InputError: a name or an option does not exist, a value is out of range, or something is said twice.
+        InputError: a name or an option does not exist, a value is out of range, or something is given twice.
     """
     options = _known({} if changes is None else changes)
     if isinstance(config, Mapping):
@@ -105,8 +105,14 @@ def configure(config: AnyConfig, changes: ConfigChanges | None = None, *, defaul
     return replace(config, **options)
 
 
+def refuse_compat(config: AttributionConfig) -> None:
+    """Raises `InputError` where `compat` is set, which only `attribute_states` supports."""
+    if config.compat is not None:
+        raise InputError(f"compat={config.compat!r} is for attribute_states; leave it out")
+
+
 def name_of(config: AttributionConfig) -> str:
-    """The shortest name of a configuration, with what differs from it: `best`, `arc@1`, `arc, top_k=20`.
+    """The shortest name of a configuration, with the options that differ: `best`, `arc@1`, `arc, top_k=20`.
 
     Evidence and backend are left out: they do not change a map.
     """
@@ -133,7 +139,7 @@ def from_saved(stored: Mapping[str, Any]) -> AttributionConfig:
             f"the settings hold {', '.join(unknown)}, which this version of fastattr does not know; "
             "read it with the version that wrote it, or a newer one"
         )
-    scales = stored.get("scales") or None  # earlier versions wrote no scales at all for the model's own
+    scales = stored.get("scales") or None  # earlier versions wrote () for the model's own
     return AttributionConfig(**{**stored, "scales": scales})
 
 
@@ -141,6 +147,7 @@ _OPTIONS = tuple(field.name for field in fields(AttributionConfig))
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the options. Raises `InputError` where one is unknown."""
     unknown = [str(name) for name in options if name not in _OPTIONS]
     if unknown:
         raise InputError(f"unknown option {', '.join(unknown)}; known are {', '.join(_OPTIONS)}")
@@ -148,7 +155,7 @@ def _known(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _differences(config: AttributionConfig, base: AttributionConfig) -> list[str]:
-    """Names of the options with other values, but for those that `name_of` leaves out or shows as scales."""
+    """Names of the options that differ, except those that `name_of` leaves out or shows as scales."""
     ours, theirs = ({**asdict(each), "top_k": each.top_k or DEFAULT_TOP_K} for each in (config, base))
     return [name for name in _OPTIONS if name not in _NOT_IN_NAMES and ours[name] != theirs[name]]
 

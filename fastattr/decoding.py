@@ -1,4 +1,4 @@
-"""Encoded bytes, PIL images and arrays to RGB. Whatever a decoder raises becomes an `ImageError` here."""
+"""Encoded bytes, PIL images and arrays to RGB. Exceptions of decoders become `ImageError`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from PIL import Image, UnidentifiedImageError
 
 from fastattr.errors import ImageError
 
-# Formats that Pillow decodes by itself. It would start other programs for some of the rest (EPS: Ghostscript). HEIF is
-# there where a plugin for it is registered.
+# Formats that Pillow decodes without starting another program, as it would for EPS (Ghostscript). HEIF needs a
+# registered plugin.
 _COMMON = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000")
 FORMATS = (*_COMMON, "PPM", "ICO", "ICNS", "TGA", "QOI", "PCX", "SGI", "DDS", "MSP", "SPIDER", "IM", "XBM")
 
 ORIENTATION = 0x0112  # of EXIF
+_BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,7 +35,7 @@ _SEQUENCES = {"GIF": "frames", "WEBP": "frames", "PNG": "frames", "AVIF": "frame
 
 @contextmanager
 def decoder_errors(name: str) -> Iterator[None]:
-    """Every exception of the block but MemoryError as an `ImageError` about `name`: decoders raise anything."""
+    """Turn every exception of the block except MemoryError into an `ImageError` about `name`."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -48,10 +49,10 @@ def decoder_errors(name: str) -> Iterator[None]:
 
 
 def open_picture(source: Path | bytes, name: str) -> Image.Image:
-    """A picture of one of `FORMATS`, its header read and its pixels not yet. To be closed by the caller.
+    """Open a picture of one of `FORMATS` and read its header, not its pixels. The caller closes it.
 
     Raises:
-        ImageError: it is of no such format, damaged, or of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` allows.
+        ImageError: it has another format, is damaged, or of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` allows.
     """
     with decoder_errors(name):
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_known_formats())
@@ -64,23 +65,23 @@ def _known_formats() -> tuple[str, ...]:
 
 
 def turn_upright(rgb: Image.Image, *, of: Image.Image) -> Image.Image:
-    """Pixels turned as the EXIF orientation of the picture they are of says.
+    """`rgb` with the EXIF orientation of the picture `of` applied.
 
-    `PIL.ImageOps.exif_transpose` also writes the EXIF data again, which fails on broken values of other tags.
+    `PIL.ImageOps.exif_transpose` would also rewrite the EXIF data, which fails on broken values of other tags.
     """
     turn = _TURNS.get(of.getexif().get(ORIENTATION, 1))
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def place_in_sequence(image: Image.Image) -> tuple[int, int, str]:
-    """Which frame (or page) this is, from 0, of how many, and what they are called; `(0, 1, "")` of a single picture."""
+    """Index of the current frame (or page), their number, and what they are called; `(0, 1, "")` for a single picture."""
     called = _SEQUENCES.get(image.format or "")
     count = int(getattr(image, "n_frames", 1)) if called else 1
     return (image.tell(), count, called or "") if count > 1 else (0, 1, "")
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB of 8 bits: transparency over white, 16 bits of grey scaled to 8. Pixels stay where they lie.
+    """8-bit RGB: transparency over white, 16-bit grey scaled to 8. The EXIF orientation is not applied.
 
     Raises:
         ImageError: the picture is empty or damaged, or its values have no known range.
@@ -93,7 +94,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         if image.mode.startswith("I") or clear is not None:
             return _from_grey(image, clear, name)
         if image.mode == "F":
-            return from_array(np.asarray(image), name)
+            values = np.asarray(image)
+            return from_array(1 - values if _is_white_zero(image) else values, name)
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -103,10 +105,12 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _clear_grey(image: Image.Image, name: str) -> int | None:
-    """The transparent grey of a PNG that is not of 8 bits, which Pillow names as it is in the file; before it is loaded.
+    """The transparent grey of a PNG of 2, 4 or 16 bits in decoded values, or None. Call it before the pixels are loaded.
+
+    Pillow reports the value of the file, before scaling.
 
     Raises:
-        ImageError: 16 bits a colour become 8, so that other colours cannot be told from the transparent one.
+        ImageError: a transparent colour at 16 bits a channel, which cannot be told from others once reduced to 8.
     """
     clear = image.info.get("transparency")
     raw = [str(tile[3]) for tile in getattr(image, "tile", None) or ()]
@@ -114,20 +118,34 @@ def _clear_grey(image: Image.Image, name: str) -> int | None:
         return clear if image.mode.startswith("I;16") else None
     if raw[0] == "RGB;16B":
         raise ImageError(f"{name} is a PNG of 16 bits a colour with a transparent colour; convert it to RGBA")
-    depths = {"L;2": 85, "L;4": 17, "I;16B": 1}  # what one step in the file is in what Pillow decodes
-    return int(clear) * depths[raw[0]] if raw[0] in depths else None
+    steps = {"L;2": 85, "L;4": 17, "I;16B": 1}  # decoded value of one step in the file
+    return int(clear) * steps[raw[0]] if raw[0] in steps else None
 
 
 def _from_grey(image: Image.Image, clear: int | None, name: str) -> Image.Image:
-    """Grey of 8 or 16 bits, of which `clear` is transparent."""
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # which hold 16 bits
+    """RGB of 8- or 16-bit grey, in which the value `clear` is transparent. Raises `ImageError` for 32 bits."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # those hold 16 bits
         raise ImageError(
-            f"{name} is of mode I, whole numbers of 32 bits, and nothing says which of them is white; convert it to 8 bits "
+            f"{name} is of mode I (32-bit integers), and the value of white is unknown; convert it to 8 bits "
             "(mode L) or to floats in [0, 1]"
         )
     values = np.asarray(image)
-    grey = values if image.mode == "L" else np.clip(values >> 8, 0, 255).astype(np.uint8)
+    spare = 4 if _tag(image, _BITS) == 12 else 8  # bits beyond the eight that are kept
+    grey = values if image.mode == "L" else np.clip(values >> spare, 0, 255).astype(np.uint8)
+    if _is_white_zero(image):
+        grey = 255 - grey
     return Image.fromarray(grey if clear is None else np.where(values == clear, np.uint8(255), grey)).convert("RGB")
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether a TIFF of more than 8 bits stores white as 0. Pillow turns grey of 8 bits and fewer by itself."""
+    return _tag(image, _PHOTOMETRIC) == 0
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    """A tag of a TIFF that was not made into another picture since it was opened; None where there is none."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def from_array(array: np.ndarray, name: str = "the image array") -> Image.Image:
@@ -157,7 +175,7 @@ def from_array(array: np.ndarray, name: str = "the image array") -> Image.Image:
 
 
 def as_array(image: Any) -> np.ndarray:
-    """Anything with `__array__`. Raises `ImageError` where it has none to give."""
+    """Anything with `__array__` as an array. Raises `ImageError` where that fails."""
     try:
         return np.asarray(image)
     except (TypeError, RuntimeError) as error:  # a tensor on a device, with a gradient, or in bfloat16

@@ -22,9 +22,9 @@ class FastattrError(Exception):
 
 
 def how_to_install(extra: str) -> str:
-    """What to type for an optional dependency group, to end the message of an error.
+    """How to install an optional dependency group, as the end of an error message.
 
-    fastattr is on no package index, so `pip install` of its name would fail or fetch somebody else's package.
+    fastattr is not on a package index, so `pip install fastattr` would fail or install another package.
     """
     return f'in a clone of the fastattr repository run: pip install ".[{extra}]"'
 

@@ -110,16 +110,17 @@ class Field:
 def read_fields(attribution: Attribution) -> tuple[Field, ...]:
     """The values of a response that is JSON, in the order they are written; a repeated key gives a field each time.
 
-    The first fenced block that is JSON counts, else the first `{` or `[` that begins some; what stands before and
-    behind is left out, and so is what a model writes to itself before it answers, see `fastattr.reasoning`. Of an answer that is cut off, all that was written is there, the last value perhaps incomplete.
+    The first fenced block that is JSON counts, else the first `{` or `[` that begins some; text before and after it
+    and the model's reasoning (see `fastattr.reasoning`) are ignored. Of an answer that is cut off, everything up to there
+    is returned, the last value perhaps incomplete.
 
     A field's targets are the tokens that share a character with its span. Tokenizers also make tokens of a value's end
     and the quotes and commas behind it: such a token counts where it holds more of the value than punctuation or white
     space, and then whole, or where no other token holds the value.
 
     Raises:
-        InputError: the response is no JSON, nested more than `MAX_DEPTH` deep, token ids without their text, or ends
-            before the model begins to answer.
+        InputError: the response holds no JSON, JSON nested more than `MAX_DEPTH` deep, or token ids without their text, or it
+            ends before the answer begins.
     """
     text = attribution.response
     if text == show_ids([attribution.token_ids])[0]:
@@ -225,13 +226,13 @@ class _Reading:
 
 
 def _read_answer(why: Attribution | TokenText) -> tuple[_Leaf, ...]:
-    """The leaves of the JSON behind any reasoning. Raises `InputError`."""
+    """The leaves of the JSON after any reasoning. Raises `InputError`."""
     text = answer_text(why)
     if why.reasoning and not text.strip():
         start, stop = why.reasoning[-1]
         raise InputError(
             "fields are read from the answer, but the response ends with the model's reasoning, at character "
-            f"{stop}, which begins at character {start}; let it say more, with a larger max_new_tokens"
+            f"{stop}, which begins at character {start}; let it write more, with a larger max_new_tokens"
         )
     return _read_leaves(text)
 

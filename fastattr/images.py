@@ -1,8 +1,8 @@
-"""Pictures and videos in any common form to RGB, with nothing guessed and every refusal explained.
+"""Pictures and videos in any common form to RGB.
 
-The picture that is read is the one that is shown to the model. PIL images and arrays are taken as they lie, as
-transformers' processors take them, whatever an EXIF tag of theirs says; files and encoded bytes are turned upright, as
-`transformers.image_utils.load_image` turns them.
+The picture that is read is the one that is shown to the model. The EXIF orientation is applied to files and encoded
+bytes, as `transformers.image_utils.load_image` does, and ignored for PIL images and arrays, as transformers' processors
+do.
 """
 
 from __future__ import annotations
@@ -38,11 +38,14 @@ BLANK = (128, 128, 128)
 
 @dataclass(frozen=True)
 class Sizing:
-    """At what size a picture is to be shown, as message parts of Qwen's kind say it; see `Family.sized`.
+    """The size at which to show a picture, from the keys of Qwen's message parts; see `Family.sized`.
 
     Attributes:
-        min_pixels, max_pixels: of the picture as it is shown.
-        height, width: in pixels, rounded to whole cells; given together.
+        min_pixels, max_pixels: limits on the pixels of the picture as shown.
+        height, width: in pixels, rounded to whole cells; both or neither.
+
+    Raises:
+        InputError: the values contradict each other.
     """
 
     min_pixels: int | None = None
@@ -55,7 +58,7 @@ class Sizing:
             raise InputError("resized_height and resized_width belong together, but one of them is missing")
         if self.height is not None and (self.min_pixels, self.max_pixels) != (None, None):
             raise InputError(
-                "resized_height and resized_width say the size already; leave min_pixels and max_pixels out"
+                "resized_height and resized_width already set the size; leave min_pixels and max_pixels out"
             )
         if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:  # type: ignore[operator]
             raise InputError(f"min_pixels is {self.min_pixels}, expected at most max_pixels, {self.max_pixels}")
@@ -66,9 +69,9 @@ class Visual:
     """One image, or one video as its frames. All frames have one size.
 
     Attributes:
-        timing: when the frames were taken; None where nobody said.
-        sizing: at what size to show it; None where the processor decides.
-        notes: what was left out in reading it.
+        timing: when the frames were taken; None where unknown.
+        sizing: the size at which to show it; None where the processor decides.
+        notes: what the reader of a report should know of how it was read, such as skipped frames.
     """
 
     frames: tuple[Image.Image, ...]
@@ -113,7 +116,8 @@ class Visual:
 def read_visuals(image: ImageLike | Sequence[ImageLike]) -> tuple[Visual, ...]:
     """Read one image, a list of images, or a list that holds videos as lists of frames.
 
-    `x` is one image, `[x, y]` two images, `[[f, g, h]]` one video of three frames. The path or bytes of a movie are a video.
+    `x` is one image, `[x, y]` two images, `[[f, g, h]]` one video of three frames. The path or bytes of a movie
+    are a video.
 
     Raises:
         ImageError: an image is unreadable, truncated, empty, or frames differ in size.
@@ -136,17 +140,17 @@ def read_visual(
 
     Args:
         image: as of `read_image`; a list of frames, an array `[t h w 3]`, or the path or bytes of a movie for a video.
-        kind: what it is to be shown as. An animated picture is a video where that is asked for; else its first frame is
+        kind: what to show it as. An animated picture is shown as a video only if that is asked for; else its first frame is
             shown, with a note.
-        sampling: which frames are taken of a file. Of frames that are given one by one all are shown, and `fps` says when
-            they were taken.
+        sampling: which frames of a file to take. A list of frames is shown whole; `fps` then gives their times.
+        sizing: the size at which to show it.
 
     Raises:
-        ImageError: it is unreadable, or a movie where an image is expected.
+        ImageError: it cannot be read, is a movie where an image is expected, or `sampling` does not apply to it.
     """
     sampling = Sampling() if sampling is None else sampling
     if isinstance(image, Visual):
-        return image if sizing is None else replace(image, sizing=sizing)  # its frames were taken before
+        return image if sizing is None else replace(image, sizing=sizing)  # its frames are already chosen
     if kind == "video" and not isinstance(image, Image.Image) and getattr(image, "ndim", 0) == 4:
         image = list(as_array(image))
     if isinstance(image, list | tuple):
@@ -175,17 +179,17 @@ def read_visual(
     with open_picture(source, name) as opened, decoder_errors(name):
         if kind == "video":
             return _of_clip(read_animation(opened, sampling, name, upright=True), sizing)
-        notes, lies = _first_of_several(opened), to_rgb(opened, name)
-        upright = turn_upright(lies, of=opened)
-        if upright is not lies:
-            notes += ("a picture was turned upright, as the EXIF orientation of its file says",)
+        notes, stored = _first_of_several(opened), to_rgb(opened, name)
+        upright = turn_upright(stored, of=opened)
+        if upright is not stored:
+            notes += ("a picture was turned as the EXIF orientation of its file says",)
         return Visual((upright,), sizing=sizing, notes=notes)
 
 
 def read_image(image: ImageLike) -> Image.Image:
-    """RGB of one image: a file or encoded bytes upright, transparency over white, 16 bits scaled to 8.
+    """RGB of one image: EXIF orientation of files and bytes applied, transparency over white, 16 bits scaled to 8.
 
-    Of an animated picture the first frame.
+    For an animated picture its first frame.
 
     Raises:
         ImageError: the image is unreadable, truncated or empty. URLs are not fetched; `data:` and `file:` are read.
@@ -194,7 +198,7 @@ def read_image(image: ImageLike) -> Image.Image:
 
 
 def count_pixels(data: bytes, name: str) -> int:
-    """Of a picture, or of one frame of a movie, from the header alone. Raises `ImageError`."""
+    """Number of pixels of a picture, or of one frame of a movie, from the header alone. Raises `ImageError`."""
     if is_movie(_head(data)):
         width, height = movie_size(data, name)
         return width * height
@@ -203,7 +207,7 @@ def count_pixels(data: bytes, name: str) -> int:
 
 
 def encoded_bytes(image: ImageLike) -> bytes | None:
-    """The bytes of a file, of encoded bytes or of a data: URL, as they are; None of what is decoded already.
+    """The encoded bytes of a file, of bytes or of a data: URL; None for what is already decoded.
 
     Raises:
         ImageError: there is no such file, or it cannot be read.
@@ -247,7 +251,7 @@ def _first_of_several(image: Image.Image) -> tuple[str, ...]:
 
 
 def _source(image: Any) -> tuple[Path | bytes | Image.Image | np.ndarray, str]:
-    """Where a picture is to be read from, and its name in errors."""
+    """The form a picture is read from, and its name in error messages. Raises `ImageError`."""
     if isinstance(image, Image.Image):
         return image, "the PIL image"
     if isinstance(image, str) and image[:5].lower() == "data:":
@@ -270,7 +274,7 @@ def _source(image: Any) -> tuple[Path | bytes | Image.Image | np.ndarray, str]:
 def _existing(path: Path) -> tuple[Path, str]:
     try:
         exists = path.is_file()
-    except (OSError, ValueError) as error:  # for example base64, too long for a path, or a zero byte in it
+    except (OSError, ValueError) as error:  # for example base64, which is too long for a path, or a null byte
         reason = getattr(error, "strerror", None) or error
         raise ImageError(
             f"image {str(path)[:80]!r}... cannot be a path: {reason}; write base64 as a data: URL, or decode it"
@@ -285,7 +289,7 @@ def _decode_url(url: str) -> bytes:
     if not comma or not head.lower().endswith(";base64"):
         raise ImageError(f"image is {url[:40]!r}..., expected data:image/png;base64,...")
     try:
-        return base64.b64decode("".join(body.split()), validate=True)  # some break it into lines
+        return base64.b64decode("".join(body.split()), validate=True)  # may be broken into lines
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"image {url[:40]!r}... is not base64: {error}") from error
 

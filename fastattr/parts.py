@@ -1,16 +1,17 @@
-"""Parts of messages, as transformers, Qwen, OpenAI and Anthropic write them, in one form.
+"""Converts parts of messages in the formats of transformers, Qwen, OpenAI and Anthropic to one form.
 
     {"type": "text", "text": ...}            also `input_text` and `output_text`
-    {"type": "image", "image": source, ...}  the source left out where the picture is given beside the messages
+    {"type": "image", "image": source, ...}  without a source the picture is given separately
     {"type": "video", "video": source, ...}
 
-What else a part may hold: for both `min_pixels`, `max_pixels`, `resized_height` and `resized_width`; for a video `fps`,
-`nframes` (or `num_frames`), `video_start` and `video_end` in seconds. They change what the model sees, so any other key is
-an error, but for those of `IGNORED`, which do not.
+Optional keys: `min_pixels`, `max_pixels`, `resized_height` and `resized_width`; for a video also `fps`, `nframes` (or
+`num_frames`), and `video_start` and `video_end` in seconds. Unknown keys are errors, since they may change what the model
+sees; the keys in `IGNORED` do not.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,26 +28,19 @@ KINDS: Mapping[str, Kind] = {
     "video_url": "video",
     "input_video": "video",
 }
-SOURCES = ("url", "path", "base64", "source")  # besides the kind itself, and the kind with `_url`
+SOURCES = ("url", "path", "base64", "source")  # besides the kind itself and `<kind>_url`
 SIZES = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 TIMES = ("fps", "nframes", "num_frames", "video_start", "video_end")
-IGNORED = (
-    "detail",
-    "cache_control",
-    "id",
-    "uuid",
-    "name",
-    "title",
-    "media_type",
-    "mime_type",
-)  # `detail` sizes at OpenAI
+# `detail` chooses a size for OpenAI's own models
+IGNORED = ("detail", "cache_control", "id", "uuid", "name", "title", "media_type", "mime_type")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def plain_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A part in the form above; itself where it has that form.
+    """A part in the form above; text parts in that form are returned unchanged.
 
     Raises:
-        InputError: it is of an unknown type, holds a key that is not known, or two sources.
+        InputError: its type or a key is unknown, a value is wrong, or it holds two sources.
     """
     named = part.get("type")
     if named in TEXTS:
@@ -73,22 +67,22 @@ def plain_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
         raise InputError(f"a part of type {named!r} with {' and '.join(sources)}, expected one {kind}")
     held = {kind: _source(sources[0], given[sources[0]])} if sources else {}
     plain = {"type": kind, **held, **options}
-    if options:  # what is wrong with them is said before time is spent
+    if options:  # raise for wrong values early
         sizing_of(plain)
         sampling_of(plain)
     return plain
 
 
 def sizing_of(part: Mapping[str, Any]) -> Sizing | None:
-    """At what size a plain part is to be shown. Raises `InputError` for what is no number of pixels."""
+    """The size a plain part asks for, None without one. Raises `InputError` for wrong values."""
     given = [_positive(part, key, whole=True) for key in SIZES]
     return None if given == [None] * len(SIZES) else Sizing(*given)
 
 
 def sampling_of(part: Mapping[str, Any]) -> Sampling:
-    """Which frames a plain part is to be shown with. Raises `InputError` for what is no number of frames or seconds."""
+    """The frames a plain part asks for. Raises `InputError` for wrong values."""
     if "nframes" in part and "num_frames" in part:
-        raise InputError("a video part holds nframes and num_frames, which say the same; expected one of them")
+        raise InputError("a video part holds nframes and num_frames, which mean the same; expected one of them")
     n_frames = _positive(part, "nframes" if "nframes" in part else "num_frames", whole=True)
     start_s = part.get("video_start")
     return Sampling(
@@ -100,12 +94,12 @@ def sampling_of(part: Mapping[str, Any]) -> Sampling:
 
 
 def without_source(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A plain part whose picture is given beside the messages."""
+    """A plain part without its picture."""
     return part if part["type"] == "text" else {key: value for key, value in part.items() if key != part["type"]}
 
 
 def _source(key: str, value: Any) -> Any:
-    """What can be read, from a source as it is written under this key."""
+    """A source that `read_visual` accepts, from the value under a key. Raises `InputError`."""
     if isinstance(value, Mapping) and key.endswith("_url"):  # OpenAI's {"url": ..., "detail": ...}
         return _only(value, "url", key)
     if key == "source":  # Anthropic's
@@ -141,6 +135,20 @@ def _positive(part: Mapping[str, Any], key: str, *, whole: bool = False) -> Any:
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
         raise InputError(f"{key} is {short(value)}, expected a {'whole ' if whole else ''}number above 0")
     return value
+
+
+def check_whole(text: str, name: str) -> None:
+    """Refuse text with half of a character (a lone surrogate), as JSON that was cut and bytes of another encoding leave.
+
+    Raises:
+        InputError: no tokenizer reads it.
+    """
+    half = _HALF.search(text)
+    if half is not None:
+        raise InputError(
+            f"{name} holds {half[0]!r} at character {half.start()}, half of a character, which no tokenizer reads; expected "
+            "text of whole characters"
+        )
 
 
 def short(value: Any) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastattr import ops
 from fastattr.chat import PICTURES, Chat, Messages, Prompt, read_prompt, text_of
-from fastattr.config import AnyConfig, ConfigChanges, configure
+from fastattr.config import AnyConfig, ConfigChanges, configure, refuse_compat
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual, read_visuals
 from fastattr.maps import check_head, check_states, log_probs, log_probs_of_all
@@ -22,7 +22,7 @@ from fastattr.method import explain_responses, explain_states
 from fastattr.msea import base_scale
 from fastattr.regions import spread, weigh, windows
 from fastattr.targets import Targets, choose_targets
-from fastattr.text import Decode, decode_response, decode_tokens, decoder_of, show_ids, special_ids_of
+from fastattr.text import Decode, decode_response, decode_tokens, decode_with, show_ids, special_ids_of
 from fastattr.types import Attribution, AttributionConfig, OutputHead, ScaleStates, TokenLayout, TokenMaps
 
 if TYPE_CHECKING:
@@ -53,25 +53,25 @@ def attribute(
     Args:
         model: from `load` or `wrap`.
         image: a path, PIL image, array or encoded bytes; a list of them for several images; a list
-            that holds lists of frames for videos. A path or bytes of a movie (mp4, webm, ...) are a video too, read with
-            PyAV. URLs are not fetched. None where the messages hold them. PIL images and arrays are shown to the model as
-            they lie; files and bytes are turned upright first, as their EXIF orientation says.
+            that holds lists of frames for videos. The path or bytes of a movie (mp4, webm, ...) are a video too, read
+            with PyAV. URLs are not fetched. None where the messages hold them. The EXIF orientation is applied to files
+            and bytes, and ignored for PIL images and arrays.
         prompt: the user's text, with all images before it. For several turns, images between words, a system prompt or
-            tools: messages as chat templates take them, or a `fastattr.Chat`. What everybody said is context. See
-            `fastattr.parts` for what a part of a message may hold.
-        response: text, or token ids that are never re-tokenised; the end tokens behind the last word are left out. None
-            lets the model answer: by its own `generate` and `generation_config`, but greedily, at most `max_new_tokens`.
+            tools: messages as chat templates take them, or a `fastattr.Chat`. The texts of all turns are context.
+            See `fastattr.parts` for what a part of a message may hold.
+        response: text, or token ids that are never re-tokenised; trailing end tokens are dropped. None lets the model
+            answer with its own `generate` and `generation_config`, but greedily, with at most `max_new_tokens`.
         config: an `AttributionConfig` or the name of one: `lens`, `tam`, `arc` (the default) or `best`, at other scales as
-            in `"tam@1+1.5+2"`. `best` has the most exact maps and takes 50 more forwards a picture.
+            in `"tam@1+1.5+2"`. `best` has the most exact maps and takes 50 more forwards per picture.
         generate_options: further arguments of `generate` for the model's own answer: `logits_processor`,
             `stopping_criteria`, `num_beams`, `do_sample=True`, ... What fastattr sets itself is refused.
         targets: explain these tokens alone: `"fields"` for the values of a JSON answer, words, indices, a compiled
             pattern or a function, see `fastattr.targets`. The others keep their scores and have maps of zeros.
         memory_limit: bytes that maps and work may take beside the model and its states, for long answers; maps that do
             not fit lie in a temporary file, see `fastattr.memory`. Not with `regions`.
-        prompt_ids: the token ids that the response was written to, by whatever engine. Where the prompt here is not the
-            same, for example because the engine gave its chat template other options, it is an error. A run of image
-            placeholders counts as one, since some engines return one a picture.
+        prompt_ids: token ids of the prompt, from the engine that generated the response. It is an error if the prompt here
+            differs, for example because the engine passed other options to its chat template. A run of image
+            placeholders counts as one, since some engines return one per picture.
         **changes: options of `AttributionConfig` that replace those of `config`; `method="best"` is `config="best"`.
 
     Returns:
@@ -117,7 +117,7 @@ def attribute_batch(
     Args:
         rows: image or images, prompt and response of each, as for `attribute`.
         config: an `AttributionConfig` or the name of one, as for `attribute`.
-        generate_options: as for `attribute`, of every row without a response; their objects are used for all of them.
+        generate_options: as for `attribute`, used for every row without a response; the same objects are used for all.
         targets: as for `attribute`, of every row.
         prompt_ids: as for `attribute`, one for each row.
         **changes: options that replace those of `config`, as for `attribute`.
@@ -153,11 +153,8 @@ def attribute_batch(
 
 
 def _for_model(config: AttributionConfig, model: Model) -> AttributionConfig:
-    """What the configuration leaves open filled in from the model. Raises `InputError`."""
-    if config.compat is not None:
-        raise InputError(
-            f"compat={config.compat!r} is for attribute_states; a model's answers are explained without it"
-        )
+    """The configuration with what it leaves open taken from the model. Raises `InputError`."""
+    refuse_compat(config)
     return config.resolve(model.scales, model.head.vocab)
 
 
@@ -174,18 +171,7 @@ def _attribute_rows(
 ) -> list[Attribution]:
     from fastattr import adapters
 
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    wrong = [len(row) for row in rows if len(row) != 3]
-    if wrong:
-        raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
-    if config.regions and memory_limit is not None:
-        raise InputError(f"regions={config.regions} weighs all maps at once; leave memory_limit out, or use regions=0")
-    if generate_options is not None and all(response is not None for _, _, response in rows):
-        raise InputError(
-            "generate_options are for the model's own answer, but every response was given; leave generate_options out, or "
-            "pass None as a response"
-        )
+    _check_rows(rows, config, max_new_tokens, generate_options, memory_limit)
     ops.resolve(config.backend, model.head.weight.device)  # before the model runs
     given = [read_prompt(image, prompt) for image, prompt, _ in rows]
     visuals, prompts = [seen for seen, _ in given], [prompt for _, prompt in given]
@@ -201,6 +187,13 @@ def _attribute_rows(
             responses.append(adapters.generate(model, plain, max_new_tokens=max_new_tokens, options=generate_options))
         else:
             responses.append(adapters.encode_response(model, response))
+    chosen: list[tuple[int, ...] | None] = [None] * len(rows)
+    if targets is not None:
+        decode, special = model.decode, model.marker_ids
+        chosen = [
+            choose_targets(targets, decode_response(each[0].input_ids.tolist(), ids.tolist(), decode, special))
+            for each, ids in zip(encoded, responses, strict=True)
+        ]
 
     by_scale = [
         adapters.replay_batch(model, [each[s] for each in encoded], responses, layer=config.layer)
@@ -208,14 +201,6 @@ def _attribute_rows(
     ]
     blanked = _blanked(model, visuals, prompts, responses, config) if config.evidence else [None] * len(rows)
     readings = [[read[i] for read in by_scale] for i in range(len(rows))]
-    chosen = [
-        None
-        if targets is None
-        else choose_targets(
-            targets, decode_response(each[0].input_ids.tolist(), response.tolist(), model.decode, model.marker_ids)
-        )
-        for each, response in zip(encoded, responses, strict=True)
-    ]
     explained = explain_responses(readings, model.head, config, targets=chosen, memory_limit=memory_limit)
     found = []
     for maps, mine, seen, prompt, asked, without in zip(
@@ -244,6 +229,28 @@ def _attribute_rows(
     return found
 
 
+def _check_rows(
+    rows: Sequence[tuple[Any, Any, Any]],
+    config: AttributionConfig,
+    max_new_tokens: int,
+    generate_options: Mapping[str, Any] | None,
+    memory_limit: int | None,
+) -> None:
+    """Raises `InputError` for options that are out of range or do not fit the rows."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    wrong = [len(row) for row in rows if len(row) != 3]
+    if wrong:
+        raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
+    if config.regions and memory_limit is not None:
+        raise InputError(f"regions={config.regions} weighs all maps at once; leave memory_limit out, or use regions=0")
+    if generate_options is not None and all(response is not None for _, _, response in rows):
+        raise InputError(
+            "generate_options are for the model's own answer, but every response was given; leave generate_options out, or "
+            "pass None as a response"
+        )
+
+
 def attribute_states(
     hidden_states: Tensor | Sequence[Tensor],
     output_embeddings: Tensor | OutputHead,
@@ -264,8 +271,8 @@ def attribute_states(
         output_embeddings: `[vocab dim]`, or an `OutputHead` with bias, scale and soft-cap.
         input_ids: int `[seq]`, prompt then response; one for each scale.
         layout: which positions are what; one for each scale.
-        config: an `AttributionConfig` or the name of one, `tam` by default. It must name the scales that the states were
-            read at, as `arc@1` does: nobody else knows them.
+        config: an `AttributionConfig` or the name of one, `tam` by default. It must name the scales of the states, as
+            `arc@1` does.
         tokenizer: for token texts; ids are shown without one.
         image: pictures for overlays; maps are the same without them.
         **changes: options that replace those of `config`, as for `attribute`. `compat="tam"` reproduces the reference
@@ -277,11 +284,11 @@ def attribute_states(
     """
     chosen = replace(configure(config, changes, default="tam"), evidence=False)
     if changes.get("evidence"):
-        raise InputError("evidence=True blanks the images and asks the model, which is not here; use attribute")
+        raise InputError("evidence=True needs a forward of the model with the images blanked; use attribute")
     _refuse_without_model(chosen, "use attribute, or leave it out")
     if chosen.scales is None:
         raise InputError(
-            "scales is None, the model's own, but only you know at which the states were read; name them, for one scale "
+            "scales is None, the model's own, but there is no model here; name the scales of the states, for one scale "
             "config='arc@1' or scales=(1.0,)"
         )
     scales = chosen.scales
@@ -302,7 +309,7 @@ def attribute_states(
         raise InputError(
             f"got {len(visuals)} images for a layout with {len(maps.image)} image groups, expected one each"
         )
-    decode = show_ids if tokenizer is None else decoder_of(tokenizer)
+    decode = show_ids if tokenizer is None else decode_with(tokenizer)
     return finish(
         maps,
         readings,
@@ -331,18 +338,18 @@ def attribute_captured(
     Args:
         states: from `capture`.
         out: the sequence `[1 seq]` or the output object of `generate`; its end tokens are not explained.
-        image: pictures for overlays and evidence, as the processor was given them: a PIL image that was opened by
-            `PIL.Image.open` lies as in its file, while fastattr turns a path upright.
+        image: pictures for overlays and evidence, exactly as the processor was given them: `PIL.Image.open` ignores the
+            EXIF orientation of a file, while fastattr applies it to a path.
         prompt: the user's text, or the messages, to tell them from the chat template.
-        config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open are the one that was
-            captured. Its evidence does not count, since that takes a forward: ask with `evidence=True`.
+        config: an `AttributionConfig` or the name of one, `arc@1` by default; scales left open mean the captured
+            one. Its `evidence` is ignored, since that takes a forward: pass `evidence=True` as an option.
         **changes: options that replace those of `config`, as for `attribute`. `evidence=True` runs one forward of the
             same tokens with the image blanked and needs `image`.
 
     Raises:
         InputError: nothing was captured, `out` holds several sequences, `image` is not what `generate` was given, or the
-            configuration asks for more than was captured (other scales, another layer, or `regions`), or the model has
-            changed since.
+            configuration asks for more than was captured (other scales, another layer, `regions` or `compat`), or the
+            model has changed since.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     from fastattr.adapters import captured_reading, explaining, template_notes
@@ -350,8 +357,7 @@ def attribute_captured(
     evidence = bool(changes.get("evidence", False))
     chosen = replace(configure(config, changes, default="arc@1"), evidence=evidence)
     instead = "use attribute with the image, the prompt and the response ids, or leave it out"
-    if chosen.compat is not None:
-        raise InputError(f"compat={chosen.compat!r} is for attribute_states; leave it out")
+    refuse_compat(chosen)
     _refuse_without_model(chosen, instead)
     chosen = chosen.resolve((1.0,), states.model.head.vocab)
     if chosen.scales != (1.0,):
@@ -395,9 +401,11 @@ def attribute_captured(
 
 
 def _refuse_without_model(config: AttributionConfig, instead: str) -> None:
-    """Raises `InputError` where the configuration needs other states than those of the last layer, or another forward."""
+    """Raises `InputError` where the configuration needs another layer's states or more forwards."""
     if config.regions:
-        raise InputError(f"regions={config.regions} hides parts of the images and asks the model again; {instead}")
+        raise InputError(
+            f"regions={config.regions} hides parts of the images and needs more forwards of the model; {instead}"
+        )
     if config.layer != -1:
         raise InputError(f"layer={config.layer}, but the states are those of the last layer, -1; {instead}")
 

@@ -1,8 +1,8 @@
-"""What a model writes to itself before it answers.
+"""Finds the reasoning that a model writes before its answer.
 
-Reasoning is marked in the text, by each family in its own way. It counts where it can be no part of an answer: at the
-beginning, behind other reasoning, or as a whole from the beginning of a line on. A chat template may have opened it in
-the prompt; then the response holds its end alone.
+Each family marks reasoning in the text in its own way. A marked block counts where it is not part of an answer: at the
+beginning, after other reasoning, or as a complete block from the beginning of a line on. The chat template may have
+opened it in the prompt; then the response holds only its closing mark.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _MARKS = (  # what opens reasoning, and what closes it, as regular expressions
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command
     (r"<\|channel>thought\b", r"<channel\|>"),  # Gemma
     (r"<\|channel\|>(?:analysis|commentary)\b.*?<\|message\|>", r"<\|end\|>(?:<\|start\|>assistant)?"),  # gpt-oss
-    (r"<\|channel\|>final", r"<\|message\|>"),  # what heads the answer there
+    (r"<\|channel\|>final", r"<\|message\|>"),  # header of the answer of gpt-oss
 )
-_ALONE = len(_MARKS) - 2  # of these the end marks reasoning without its beginning, others end more than that
+_ALONE = len(_MARKS) - 2  # the closing marks of the last two pairs are also used elsewhere, so need their opening
 _FLAGS = re.IGNORECASE | re.DOTALL
 _PAIRS = [(re.compile(opening, _FLAGS), re.compile(closing, _FLAGS)) for opening, closing in _MARKS]
 _ANY_OPENING = re.compile("|".join(f"(?:{opening})" for opening, _ in _MARKS), _FLAGS)
@@ -33,10 +33,10 @@ _SPACE = re.compile(r"\s*")
 
 
 def find_reasoning(text: str, prompt_end: str = "") -> tuple[Span, ...]:
-    """Half-open ranges of a response that are reasoning, marks and all, in order.
+    """Half-open character ranges of a response that are reasoning, marks included, in order.
 
     Args:
-        prompt_end: the last of what stands before the response; reasoning that is opened there goes on.
+        prompt_end: the end of the text before the response; reasoning opened there continues in the response.
     """
     spans = []
     at = _first_end(text, prompt_end)
@@ -59,7 +59,7 @@ def find_reasoning(text: str, prompt_end: str = "") -> tuple[Span, ...]:
 
 
 def _first_end(text: str, prompt_end: str) -> int:
-    """Where reasoning ends that was begun before the response; 0 where none was."""
+    """Where reasoning that began before the response ends; 0 where none did."""
     before = prompt_end.rstrip()
     for opening, closing in _PAIRS:
         if any(match.end() == len(before) for match in opening.finditer(before)):
@@ -71,7 +71,7 @@ def _first_end(text: str, prompt_end: str) -> int:
 
 
 def _block(text: str, start: int) -> int | None:
-    """Where the reasoning that opens at `start` ends; -1 where it goes on for ever, None where none opens there."""
+    """Where the reasoning that opens at `start` ends; -1 where it is never closed, None where none opens there."""
     for opening, closing in _PAIRS:
         if begun := opening.match(text, start):
             ended = closing.search(text, begun.end())

@@ -146,9 +146,9 @@ class Selection:
 
 
 def select_phrase(attribution: Attribution, phrase: str) -> Selection:
-    """Every occurrence of a word or phrase as whole words in any case, see `words.phrase_spans`, in reasoning too.
+    """Every occurrence of a word or phrase as whole words in any case, see `words.phrase_spans`; also in reasoning.
 
-    Special tokens are no words. In scripts without spaces a phrase is selected wherever it stands.
+    Special tokens are not words. In scripts without spaces a phrase is selected wherever it occurs.
 
     Raises:
         InputError: `phrase` is not a non-empty string.
@@ -167,7 +167,7 @@ def _no_phrase(text: str, phrase: str) -> str:
     found = f"{phrase!r} is not in the response; its words are: {_words_of(text)}"
     if phrase.casefold() not in text.casefold():
         return found
-    return f"{found}; it stands within them, and find({re.escape(phrase)!r}) selects parts of words"
+    return f"{found}; it is part of a word: find({re.escape(phrase)!r}) selects parts of words"
 
 
 def _words_of(text: str) -> str:
@@ -188,13 +188,13 @@ def select_tokens(attribution: Attribution, asked: SupportsIndex | slice) -> Sel
     n = len(attribution)
     if isinstance(asked, slice):
         if asked.step not in (None, 1):
-            raise InputError(f"select neighbouring tokens by a slice without a step, got step {asked.step}")
+            raise InputError(f"select adjacent tokens by a slice without a step, got step {asked.step}")
         try:
             first, behind, _ = asked.indices(n)
         except TypeError as error:
             raise InputError(f"select tokens by a slice of whole numbers, got {asked}") from error
         if first >= behind:
-            raise TokenIndexError(f"the tokens {asked.start}:{asked.stop} of a response of {n} tokens are none")
+            raise TokenIndexError(f"the slice {asked.start}:{asked.stop} of a response of {n} tokens is empty")
     else:
         try:
             index = operator.index(asked)
@@ -235,9 +235,9 @@ def select_low_evidence(attribution: Attribution) -> tuple[Selection, ...]:
     Without a calibration the threshold is 0 nats: the picture makes the word less likely, not more. Low evidence is no
     proof of invention: what the text before already tells is as likely without the picture.
 
-    Words are those of the answer: special tokens are none, and what a model writes to itself before it answers
-    (`attribution.reasoning`) weighs guesses that it may drop again. English function words are left out, in other
-    languages every word is judged. In scripts without spaces all letters in a row count as one word.
+    Only words of the answer are judged, not special tokens, and not reasoning (`attribution.reasoning`), which weighs
+    guesses that the model may drop. English function words are left out; in other languages every word is judged. In
+    scripts without spaces a run of letters counts as one word.
 
     Raises:
         InputError: the attribution was made without evidence.

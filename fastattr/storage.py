@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -42,14 +42,12 @@ _TEXTS = (
     "versions",
 )
 _SHAPES = ("grids", "extents", "picture_sizes")
-_LATER = ("special", "reasoning")  # files from before there were any do not say
-
-
+_LATER = ("special", "reasoning")  # missing in files of earlier versions
 _LITTER = (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def is_litter(path: str) -> bool:
-    """Whether a file is one that macOS or Windows leave beside others: `._x`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`."""
+    """Whether a file is a by-product of macOS or Windows: `._x`, `.DS_Store`, `__MACOSX/`, `Thumbs.db`, `desktop.ini`."""
     return any(part in _LITTER or part.startswith("._") for part in path.replace("\\", "/").split("/"))
 
 
@@ -115,7 +113,7 @@ def load(path: str | Path) -> Attribution:
     values |= {name: tensors.get(name) for name in _OPTIONAL_TENSORS}
     values |= {name: _frozen(manifest[name]) for name in _TEXTS + _SHAPES}
     values |= {name: _frozen(manifest.get(name, [])) for name in _LATER}
-    calibration = manifest.get("calibration")  # the same
+    calibration = manifest.get("calibration")  # missing in files of earlier versions
     return Attribution(
         image=tuple(tensors[f"image.{i}"] for i in range(manifest["images"])),
         pictures=pictures,
@@ -157,8 +155,11 @@ def read_calibration(path: str | Path) -> Calibration:
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def whole_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` only when the block ends without an error.
+
+    Args:
+        private: only the owner may read it; else whom the process' umask lets.
 
     Raises:
         SaveError: the file cannot be written; nothing is left behind.
@@ -166,12 +167,11 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = ""
     try:
-        handle, temporary = _make_temporary(path)
+        handle, temporary = _make_temporary(path, 0o600 if private else 0o666)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except SaveError:  # raised by whoever writes
         raise
@@ -184,33 +184,34 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before the work whether `whole_file` could write there. Nothing is left behind, an old file stays.
+    """Check that `whole_file` could write there, without changing anything.
 
     Raises:
         SaveError: it could not: the folder is missing or read-only, `path` is a directory, or its name is too long.
     """
-    handle, temporary = _make_temporary(Path(path))
+    handle, temporary = _make_temporary(Path(path), 0o600)
     os.close(handle)
     os.unlink(temporary)
 
 
-def _make_temporary(path: Path) -> tuple[int, str]:
-    """Create the file that is renamed to `path` when it is complete; returns its descriptor and name. Raises `SaveError`."""
+def _make_temporary(path: Path, mode: int) -> tuple[int, str]:
+    """Create the file that is renamed to `path` when it is complete; returns its descriptor and name. Raises `SaveError`.
+
+    The system takes the umask off `mode`. `tempfile.mkstemp` has a fixed mode, and a process can ask for its umask only by
+    changing it, for all of its threads.
+    """
     try:
         if path.is_dir():
             raise IsADirectoryError(f"{str(path)!r} is a directory")
-        return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        return os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode), str(
+            temporary
+        )
     except (OSError, ValueError) as error:  # a ValueError where the name holds a null character
         raise SaveError(
             f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}; choose a folder that exists "
             "and is writable"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _to_png(frame: np.ndarray) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.arc import rank, rank_and_score
 from fastattr.chat import Chat, Messages, Prompt, read_prompt, text_of
-from fastattr.config import AnyConfig, ConfigChanges, configure
+from fastattr.config import AnyConfig, ConfigChanges, configure, refuse_compat
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
@@ -107,21 +107,21 @@ def stream(
     one token each. The rest is the work of one target: proportional to image tokens and context for its map, and to
     their product for what context is removed from it.
 
-    The model's own answer is that of `attribute`: its `generate` runs in a thread, and only while the next token is
-    waited for. It ends with the stream, when that is closed or forgotten. Beams, a static cache, `max_time` and a
-    `custom_generate` give the whole answer first, which is then explained token by token.
+    The model's own answer is the one `attribute` explains. `generate` runs in a thread, and only while the next token is
+    waited for; the thread ends when the stream is exhausted, closed or garbage-collected. With beams, a static cache,
+    `max_time` or a `custom_generate` the whole answer is generated first, and then explained token by token.
 
     Args:
-        tokens: ids as they are said, by whatever engine; a `TokenStream` takes them from `generate`. The end tokens
-            behind the last word are left out. None lets the model answer by itself, at most `max_new_tokens`.
+        tokens: ids from any engine, as they are generated; a `TokenStream` takes them from `generate`. Trailing end tokens
+            are dropped. None lets the model answer, with at most `max_new_tokens`.
         config: an `AttributionConfig` or the name of one, as for `attribute`; without `regions` and `compat`, so not `best`.
         generate_options: as for `attribute`.
-        prompt_ids: ids of the prompt that the tokens answer, see `attribute`.
+        prompt_ids: as for `attribute`.
         **changes: options that replace those of `config`, as for `attribute`.
 
     Raises:
-        InputError: the configuration asks for what needs the whole response, or `generate_options` hold what cannot be
-            chosen, or tokens were given with them.
+        InputError: the configuration needs the whole response, `generate_options` are wrong, or tokens were given with
+            them.
         ImageError, ScaleError, TokenLayoutError, UnsupportedModelError, BackendError: as `attribute`.
     """
     from fastattr import adapters
@@ -134,21 +134,20 @@ def stream(
         raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if tokens is not None and generate_options is not None:
         raise InputError(
-            "generate_options are for the model's own answer, but tokens were given; leave one of them out"
+            "generate_options are for the model's own answer, but tokens were given; leave out one of them"
         )
     with torch.inference_mode(False), torch.no_grad():
         return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options, prompt_ids)
 
 
 def check_streamable(config: AttributionConfig) -> None:
-    """Raises `InputError` where a configuration needs the whole response."""
+    """Raises `InputError` where a configuration needs the whole response, or is for `attribute_states` alone."""
     if config.regions:
         raise InputError(
             f"regions={config.regions} needs the whole response; stream with regions=0, or with another method than best, "
             "or use attribute"
         )
-    if config.compat is not None:
-        raise InputError(f"compat={config.compat!r} is for attribute_states; stream without it")
+    refuse_compat(config)
 
 
 class Stream:
@@ -218,7 +217,7 @@ class Stream:
         return self._explain(token_id)
 
     def close(self) -> None:
-        """End the answer here, where the model gives it. What came so far can still be had from `attribution()`."""
+        """End the model's answer here. `attribution()` still returns what came so far."""
         self._tokens.close()
 
     @torch.inference_mode(False)
@@ -333,11 +332,11 @@ class Stream:
         self._unfed = None
 
     def _predicted(self, token_id: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What every reading made of a token, in one pass over the vocabulary.
+        """What the model predicted for the next token at every scale, in one pass over the vocabulary.
 
         Returns:
-            its log-probabilities in nats `[1 scale]`; for ARC what the reading at the base scale ranks highest there, ids
-            `[1 k]`; and where evidence is asked for its log-probability with the images blanked, a scalar.
+            log-probabilities of the token in nats `[1 scale]`; for ARC the ids ranked highest at the base scale `[1 k]`;
+            and with evidence its log-probability with the images blanked, a scalar.
         """
         head, config = self._model.head, self._config
         states = torch.cat([each.next_state for each in self._all_decoders])
@@ -355,7 +354,7 @@ class Stream:
 
     @property
     def _all_decoders(self) -> list[Decoder]:
-        """One for each scale, then that of the blanked images where there is one."""
+        """One for each scale, then the one of the blanked images if there is one."""
         return self._decoders if self._blank is None else [*self._decoders, self._blank]
 
     def _readings(self, *, placeholder: bool = False) -> tuple[ScaleStates, ...]:

@@ -59,7 +59,7 @@ def _occurrences(said: TokenText, phrase: str) -> tuple[Span, ...]:
     spans = phrase_spans(text, phrase) if phrase.strip() else ()
     if not spans:
         inside = bool(phrase.strip()) and phrase.casefold() in text.casefold()
-        hint = f"; it stands there within words, and re.compile({re.escape(phrase)!r}) chooses parts of them"
+        hint = f"; it is part of a word there: re.compile({re.escape(phrase)!r}) chooses parts of words"
         raise PhraseError(f"{phrase!r} is not in the response {_short(said.text)}{hint if inside else ''}")
     return spans
 

@@ -35,10 +35,10 @@ FUNCTION_WORDS = frozenset(
 Decode = Callable[[Sequence[Sequence[int]]], list[str]]
 Span = tuple[int, int]
 
-_BROKEN = "\ufffd"  # what a decoder writes for bytes that are no whole character
-_BLOCK = 8  # tokens of a run decoded from one place on, with as many before them
-_PROMPT_END = 32  # tokens in which a chat template may open the reasoning
-_SETTLE = 32  # tokens after which a text that comes token by token is decoded from a later place on
+_BROKEN = "\ufffd"  # what a decoder writes for bytes that are not a whole character
+_BLOCK = 8  # tokens of a run that are decoded at once, after as many before them
+_PROMPT_END = 32  # last tokens of a prompt, in which a chat template may open the reasoning
+_SETTLE = 32  # tokens that `TextPieces` decodes again at most before it drops the oldest
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class TokenText:
     """A decoded response.
 
     Attributes:
-        text: what the tokenizer makes of all ids together.
-        tokens: what each token writes; tokens that write parts of one character all carry it.
-        spans: half-open character ranges in `text`, in order. Together they cover it, and two of them have one
-            character in common at most. Empty for a token that writes nothing.
-        special: indices of tokens that mark something rather than say it, such as the end of a turn.
-        reasoning: half-open character ranges of what the model wrote to itself, see `fastattr.reasoning`.
+        text: all ids decoded together.
+        tokens: the text of each token; tokens that encode parts of one character all have that character.
+        spans: half-open character ranges in `text`, in order. Together they cover it, and two of them share at most one
+            character. Empty for a token without text.
+        special: indices of special tokens, such as the end of a turn.
+        reasoning: half-open character ranges of the model's reasoning, see `fastattr.reasoning`.
     """
 
     text: str
@@ -61,8 +61,8 @@ class TokenText:
     reasoning: tuple[Span, ...] = ()
 
 
-def decoder_of(tokenizer: Any) -> Decode:
-    """The texts of rows of ids as a tokenizer or processor writes them: special tokens kept, no spaces cleaned up."""
+def decode_with(tokenizer: Any) -> Decode:
+    """The `batch_decode` of a tokenizer or processor that keeps special tokens and does not clean up spaces."""
     parameters = inspect.signature(tokenizer.batch_decode).parameters.values()
     any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     named = {p.name for p in parameters}
@@ -72,20 +72,20 @@ def decoder_of(tokenizer: Any) -> Decode:
 
 
 def special_ids_of(tokenizer: Any) -> frozenset[int]:
-    """Ids of a tokenizer's tokens that mark something rather than say it."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})  # made anew at every call
+    """Ids of a tokenizer's special tokens."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # rebuilt at every access
     special = (int(id) for id, token in added.items() if getattr(token, "special", False))
     return frozenset((*getattr(tokenizer, "all_special_ids", ()), *special))
 
 
 def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
-    """Decode a response as a whole, and find which characters of it each token wrote.
+    """Decode a response as a whole, and find which characters of it belong to each token.
 
-    Decoders are no concatenation: bytes of several tokens are one character, one broken byte spoils the characters of a
-    whole run of byte tokens (`<0xE2>`), and some drop the first space. So each distinct token is decoded once behind an
-    ordinary one, each run of tokens that hold parts of characters as a whole, and what comes out is laid along the text.
-    The cost is linear in the length. Where it does not fit, all tokens up to there are decoded again: no tokenizer that
-    is known here needs that but at special tokens.
+    The text of a response is not the concatenation of the texts of its tokens: several byte tokens may encode one
+    character, one invalid byte breaks a whole run of byte tokens (`<0xE2>`), and some decoders drop the first space. So
+    each distinct token is decoded once after an ordinary token, each run of tokens with parts of characters is decoded as
+    a whole, and the results are matched along the text. The cost is linear in the length. Where they do not match, all
+    tokens up to there are decoded again; known tokenizers need that only at special tokens.
     """
     ids = list(ids)
     if not ids:
@@ -110,30 +110,32 @@ def decode_tokens(ids: Sequence[int], decode: Decode) -> TokenText:
 def decode_response(
     prompt_ids: Sequence[int], response_ids: Sequence[int], decode: Decode, special_ids: Collection[int]
 ) -> TokenText:
-    """`decode_tokens` of a response, with what of it is no answer.
+    """`decode_tokens` of a response, with its special tokens and reasoning.
 
     Args:
-        prompt_ids: what stands before it: a chat template may open the reasoning there.
+        prompt_ids: of the prompt, where a chat template may open the reasoning.
         special_ids: of tokens that are never words.
     """
     said = decode_tokens(response_ids, decode)
     special = tuple(i for i, id in enumerate(response_ids) if id in special_ids)
-    (ending,) = decode([[id for id in prompt_ids[-_PROMPT_END:] if id >= 0]])  # some count placeholders below zero
+    (ending,) = decode(
+        [[id for id in prompt_ids[-_PROMPT_END:] if id >= 0]]
+    )  # some models have negative placeholder ids
     return replace(said, special=special, reasoning=find_reasoning(said.text, ending))
 
 
 def said_text(why: TokenText | Attribution) -> str:
-    """The response with white space in place of its special tokens, character for character."""
+    """The response with special tokens replaced by white space of the same length."""
     return _blank(_text_of(why), [why.spans[i] for i in why.special])
 
 
 def answer_text(why: TokenText | Attribution) -> str:
-    """The same with white space in place of its reasoning too."""
+    """The response with special tokens and reasoning replaced by white space of the same length."""
     return _blank(said_text(why), why.reasoning)
 
 
 def reasoning_tokens(why: TokenText | Attribution) -> tuple[int, ...]:
-    """Indices of the tokens that write reasoning and nothing of the answer."""
+    """Indices of the tokens that belong to reasoning and not to the answer."""
     answer = answer_text(why)
     within = iter(sorted(why.reasoning))
     start, stop = next(within, (0, 0))
@@ -151,6 +153,7 @@ def _text_of(why: TokenText | Attribution) -> str:
 
 
 def _blank(text: str, spans: Iterable[Span]) -> str:
+    """`text` with line breaks in place of the characters of `spans`, which are in order."""
     pieces, end = [], 0
     for start, stop in spans:
         start = max(start, end)
@@ -160,7 +163,7 @@ def _blank(text: str, spans: Iterable[Span]) -> str:
 
 
 class _OwnTexts:
-    """What tokens write by themselves, in the middle of a text."""
+    """Texts of single tokens as they would be in the middle of a text."""
 
     def __init__(self, ids: Sequence[int], decode: Decode) -> None:
         self.ids, self.decode = ids, decode
@@ -170,26 +173,26 @@ class _OwnTexts:
         self.texts = dict(zip(different, self.behind([], [[id] for id in different]), strict=True))
         self.partial = {id for id, text in self.texts.items() if _BROKEN in text}
         self.single = {id for id, text in self.texts.items() if text == _BROKEN or (len(text) == 1 and text.isascii())}
-        if self.partial & self.single:  # a byte token of ASCII is text alone, and broken among broken ones
+        if self.partial & self.single:  # an ASCII byte token is text alone, but broken next to broken ones
             broken = next(id for id in different if id in self.partial & self.single)
             ascii_ids = [id for id in self.single if id not in self.partial]
             among = self.behind([broken], [[id] for id in ascii_ids])
             self.partial |= {id for id, text in zip(ascii_ids, among, strict=True) if text != self.texts[id]}
 
     def behind(self, before: Sequence[int], rows: Sequence[Sequence[int]]) -> list[str]:
-        """What rows of tokens add to an ordinary token and `before`."""
+        """The text that rows of tokens add after an ordinary token and `before`."""
         start, *whole = self.decode([[*self.ahead, *before], *([*self.ahead, *before, *row] for row in rows)])
         return [text[len(start) :] if text.startswith(start) else text for text in whole]
 
     def run_end(self, start: int) -> int:
-        """Behind the tokens from `start` on that can only be decoded together."""
+        """End of the run of tokens from `start` on that must be decoded together."""
         stop = start
         while stop < len(self.ids) and self.ids[stop] in self.partial:
             stop += 1
         return max(stop, start + 1)
 
     def piece(self, start: int, stop: int) -> str:
-        """The text of such tokens."""
+        """The text of such a run."""
         if start == 0:
             return self.decode([self.ids[:stop]])[0]
         if stop == start + 1:
@@ -198,7 +201,7 @@ class _OwnTexts:
 
 
 def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Span]:
-    """The spans of the tokens `start` to `stop`, which together wrote `text` at character `at`."""
+    """The spans of the tokens `start` to `stop`, whose text together is `text`, at character `at`."""
     n = stop - start
     if n == 1:
         return [(at, at + len(text))]
@@ -209,14 +212,14 @@ def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Sp
             places = [(i, i + 1) for i, character in enumerate(text) for _ in character.encode()]
             return [(at + first, at + last) for first, last in places]
     spans: list[Span] = []
-    known = length = 0  # characters that are as in the text, and those decoded so far
+    known = length = 0  # characters that agree with the text, and characters decoded so far
     for block in range(start, stop, _BLOCK):
         first, last = max(start, block - _BLOCK), min(stop, block + _BLOCK)
         before, *upto = own.behind([], [own.ids[first:i] for i in range(block, last + 1)])
         for decoded in upto:
             length += len(decoded) - len(before)
             before = decoded
-            end = decoded[-2:]  # at most the last character is not complete
+            end = decoded[-2:]  # only the last character may be incomplete
             whole = length - len(end) + _common(end, text[max(0, length - len(end)) : length])
             begun = whole < length
             whole = min(max(known, whole), len(text))
@@ -230,7 +233,7 @@ def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Sp
 
 
 def _ordinary(alone: Mapping[int, str], decode: Decode) -> list[int]:
-    """Ids of tokens that write the same text whatever stands behind them: words first, white space last."""
+    """Ids of tokens whose text does not depend on what follows: words first, white space last."""
     found = [id for id, text in alone.items() if _BROKEN not in text]
     found.sort(key=lambda id: (not alone[id].strip().isalnum(), not alone[id].strip()))
     broken = next((id for id, text in alone.items() if _BROKEN in text), None)
@@ -241,30 +244,30 @@ def _ordinary(alone: Mapping[int, str], decode: Decode) -> list[int]:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts have in common before they differ."""
+    """Length of the common prefix of two texts."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
 class TextPieces:
-    """The text of a response that comes token by token.
+    """The text of a response that arrives token by token.
 
         pieces = TextPieces(model.decode)
         for token_id in token_ids:
             print(pieces.add(token_id), end="")
         print(pieces.rest)
 
-    What is added up is what the tokenizer makes of all ids together. (Decoders of byte tokens take whole characters back
-    when a broken byte follows them in the same run; what was given out stays.)
+    The pieces together are the text of all ids decoded at once. The exception is an invalid byte token, which makes
+    decoders replace earlier characters of its run: those were already returned.
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # those that the next one's text may hang on
-        self._given = 0  # characters of their text
+        self._ids: list[int] = []  # those that the text of the next one may depend on
+        self._given = 0  # characters of their text that were returned
 
     def add(self, token_id: int) -> str:
-        """What can be said once this token is there; empty while a character is not complete."""
+        """The text that this token completes; empty while a character is incomplete."""
         self._ids.append(token_id)
         (text,) = self._decode([self._ids])
         whole = text.rstrip(_BROKEN)
@@ -275,7 +278,7 @@ class TextPieces:
         return piece
 
     def _settle(self, text: str) -> None:
-        """Keep no more ids than write the last whole character of their text."""
+        """Drop ids that are not needed to decode what follows: keep those of the last whole character."""
         held = len(text) - self._given
         ends = [self._ids[-n:] for n in range(1, _BLOCK + 1)]
         for ids, end in zip(ends, self._decode(ends), strict=True):
@@ -285,7 +288,7 @@ class TextPieces:
 
     @property
     def rest(self) -> str:
-        """What is held back: a character that may still be completed."""
+        """What was not returned yet: a character that is still incomplete."""
         return self._decode([self._ids])[0][self._given :] if self._ids else ""
 
 

@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 MAX_SCALE = 8.0
 MAX_REGIONS = 32
-DEFAULT_SCALES = (1.0, 1.5, 2.0)  # of a model that can be shown pictures at several sizes
+DEFAULT_SCALES = (1.0, 1.5, 2.0)  # of a model that can read pictures at several sizes
 DEFAULT_TOP_K = 50
 
 
@@ -56,9 +56,9 @@ class AttributionConfig:
         context: which earlier tokens may count as interference.
         layer: -1 is the last; another one is read through the final norm. Predictions (rankings, probabilities,
             evidence) are always the model's own.
-        regions: our own; weigh the maps by what the words fall with when windows of an `n x n` partition of the picture
-            are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards an image and one for all: 50
-            for one image with 6.
+        regions: our own; weigh the maps by how much the words' probabilities fall when windows of an `n x n` partition of
+            the picture are hidden, see `fastattr.regions`; 0 for none, else `(n + 1)^2` more forwards per image and one
+            for all images: 50 for one image with 6.
         filter: apply the rank-Gaussian filter; None leaves it out where a grid has fewer than 16 cells a side. There it
             takes small things away, but with `context="all"` maps without it are less causal.
         evidence: run one more forward with the image blanked to middle grey.
@@ -128,7 +128,7 @@ class AttributionConfig:
 
     @property
     def known_scales(self) -> tuple[float, ...]:
-        """`scales` of a configuration that leaves none open. Raises `InputError`."""
+        """`scales`. Raises `InputError` where they are left open."""
         if self.scales is None:
             raise InputError(
                 "scales is None, the model's own, but there is no model here: name them, for example (1.0,)"
@@ -141,7 +141,7 @@ class AttributionConfig:
         return DEFAULT_TOP_K if self.top_k is None else self.top_k
 
     def resolve(self, scales: Sequence[float], vocab: int) -> AttributionConfig:
-        """The same with nothing left open.
+        """The same configuration with nothing left open.
 
         Args:
             scales: of the model, `Model.scales`; used where this configuration names none.
@@ -425,8 +425,8 @@ class Attribution:
         calibration: which evidence is low for this model and how far that can be trusted; None where nobody measured.
         explained: bool `[target]`, which tokens were asked for; the others have scores, but maps, context and relevance
             of zeros. None where all were.
-        special: indices of tokens that mark something rather than say it, such as the end of a turn; they are never words.
-        reasoning: half-open character ranges of `response` that the model wrote to itself before it answered, as between
+        special: indices of special tokens, such as the end of a turn, which are never words.
+        reasoning: half-open character ranges of `response` that are the model's reasoning before its answer, as between
             `<think>` and `</think>`; see `fastattr.reasoning`.
     """
 
@@ -540,7 +540,7 @@ class Attribution:
         return load(path)
 
     def html(self, *, others: Sequence[Attribution] = ()) -> str:
-        """The interactive report as one self-contained page; `others` as of `to_html`. Raises `InputError`."""
+        """The interactive report as one self-contained page; `others` as for `to_html`. Raises `InputError`."""
         from fastattr.report import page_html
 
         return page_html((self, *others))
@@ -558,11 +558,11 @@ class Attribution:
         return write_png(self, path)
 
     def to_frame(self) -> DataFrame:
-        """A pandas table with one row a token.
+        """A pandas table with one row per token.
 
         Columns: `token`, `id`, `start` and `end` (characters of the response), `log_prob` and `evidence` (nats; NaN
         without evidence), `agreement_1.5` for each scale, the four of `descriptors`, `degenerate`, `explained`, and
-        for each image `box_0`: `(left, top, right, bottom)` in pixels, None where the map is dark or there are no
+        for each image `box_0`: `(left, top, right, bottom)` in pixels, None where the map is zero or there are no
         pictures.
 
         Raises:
@@ -573,7 +573,7 @@ class Attribution:
         return to_frame(self)
 
     def plot(self, phrase: str | SupportsIndex | slice | None = None) -> Figure:
-        """A matplotlib figure of overlays: a grid with one a token, or one word, phrase or token, as `why[phrase]`.
+        """A matplotlib figure of overlays: a grid with one per token, or a single one of `why[phrase]`.
 
         Raises:
             InputError: matplotlib is not installed.

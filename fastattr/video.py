@@ -1,7 +1,7 @@
-"""Videos from files: which frames are taken of a movie or an animated picture, and when they were taken.
+"""Videos from files: which frames of a movie or an animated picture are read, and when they were taken.
 
-Movies are read by PyAV (`pip install av`). Of a movie so many frames a second are taken, between so many,
-as qwen-vl-utils and transformers' Qwen processors do by default; of an animated picture all.
+Movies are read with PyAV (`pip install ".[video]"`): by default `FPS` frames a second, at least `MIN_FRAMES` and at most
+`MAX_FRAMES`, like qwen-vl-utils and transformers' Qwen processors. All frames of an animated picture are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastattr.decoding import decoder_errors, place_in_sequence, to_rgb, turn_upright
-from fastattr.errors import ImageError, InputError
+from fastattr.errors import ImageError, InputError, how_to_install
 
 FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768
@@ -29,12 +29,15 @@ _QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames to take of a video in a file, as message parts of Qwen's kind say it.
+    """Which frames of a video file to read, from the keys of Qwen's message parts.
 
     Attributes:
-        fps: so many a second; of frames that are given one by one, how many of them a second takes.
-        n_frames: so many in all, evenly spread.
-        start_s, end_s: only of this stretch, in seconds.
+        fps: frames to read per second; for a list of frames, the rate at which they were taken.
+        n_frames: number of frames to read, evenly spaced.
+        start_s, end_s: the stretch of the video to read, in seconds.
+
+    Raises:
+        InputError: the values contradict each other.
     """
 
     fps: float | None = None
@@ -54,12 +57,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Timing:
-    """When frames were taken: frame `i` at `indices[i] / fps` seconds. As transformers' `VideoMetadata`.
+    """When frames were taken: frame `i` at `indices[i] / fps` seconds, as in transformers' `VideoMetadata`.
 
     Attributes:
-        fps: frames a second of the video they are of.
-        indices: of the frames in that video.
-        total: frames of that video, or of the stretch of it they were taken from.
+        fps: frames per second of the source video.
+        indices: of the frames in the source video.
+        total: number of frames of the source video, or of the stretch the frames were taken from.
     """
 
     fps: float
@@ -68,17 +71,18 @@ class Timing:
 
     @property
     def seconds(self) -> tuple[float, ...]:
+        """When each frame was taken."""
         return tuple(index / self.fps for index in self.indices)
 
     @property
     def sampled_fps(self) -> float:
-        """So many of them a second, on average."""
+        """Frames taken per second of the source video, on average."""
         return len(self.indices) / self.total * self.fps
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one size that were taken of a video."""
+    """Frames of a video, all of one size."""
 
     frames: tuple[Image.Image, ...]
     timing: Timing
@@ -86,7 +90,7 @@ class Clip:
 
 
 def is_movie(head: bytes) -> bool:
-    """Whether a file that begins so is a container of videos rather than a picture."""
+    """Whether the first 12 bytes of a file are those of a video container rather than a picture."""
     if head[4:8] == b"ftyp":
         return head[8:12] not in _PICTURE_BRANDS
     riff = head[:4] == b"RIFF" and head[8:12] == b"AVI "
@@ -94,15 +98,15 @@ def is_movie(head: bytes) -> bool:
 
 
 def choose_frames(total: int, fps: float, sampling: Sampling, name: str, *, every: bool = False) -> tuple[int, ...]:
-    """Indices of the frames to take, by the rule of qwen-vl-utils, evenly spread from the first to the last.
+    """Indices of the frames to read, evenly spaced from the first to the last, by the rule of qwen-vl-utils.
 
     Args:
-        total: frames of the video.
-        fps: frames a second.
-        every: take all where nothing is said, rather than `FPS` a second, at least `MIN_FRAMES` and at most `MAX_FRAMES`.
+        total: number of frames of the video.
+        fps: its frames per second.
+        every: read all by default, rather than `FPS` a second, at least `MIN_FRAMES` and at most `MAX_FRAMES`.
 
     Raises:
-        ImageError: more are asked for than there are, or than `MAX_FRAMES`.
+        ImageError: more are asked for than there are, or than `MAX_FRAMES`, or the video ends before `video_start`.
     """
     first = 0 if sampling.start_s is None else round(sampling.start_s * fps)
     last = total - 1 if sampling.end_s is None else min(round(sampling.end_s * fps), total - 1)
@@ -116,7 +120,7 @@ def choose_frames(total: int, fps: float, sampling: Sampling, name: str, *, ever
     elif sampling.fps is None and every:
         n = held
     else:
-        most = MAX_FRAMES if sampling.fps is None else held  # more than that is not asked for silently
+        most = MAX_FRAMES if sampling.fps is None else held  # with fps more than MAX_FRAMES is an error below
         n = int(min(max(held / fps * (sampling.fps or FPS), MIN_FRAMES), most, held))
         n -= n % 2 if n > 1 else 0  # models take frames in pairs
     if n > MAX_FRAMES:
@@ -128,10 +132,13 @@ def choose_frames(total: int, fps: float, sampling: Sampling, name: str, *, ever
 
 
 def read_animation(image: Image.Image, sampling: Sampling, name: str, *, upright: bool = False) -> Clip:
-    """Frames of an animated picture (or pages of a TIFF, one a second), all if nothing else is asked for.
+    """Frames of an animated picture (or pages of a TIFF, one a second), by default all.
 
     Args:
-        upright: turn frames as their EXIF orientation says.
+        upright: apply the EXIF orientation of frames.
+
+    Raises:
+        ImageError: the picture is damaged, or more frames are asked for than it holds or memory allows.
     """
     with decoder_errors(name):
         shown, total, _ = place_in_sequence(image)
@@ -147,31 +154,34 @@ def read_animation(image: Image.Image, sampling: Sampling, name: str, *, upright
                 frames.append(turn_upright(frame, of=image) if upright else frame)
         finally:
             image.seek(shown)
-    notes: tuple[str, ...] = (
-        () if len(frames) == total else (f"{len(frames)} of the {total} frames of a video are shown",)
-    )
+    notes = _left_out(len(frames), total)
     if len(set(lengths_ms)) > 1:
-        notes += (
-            "the frames of a video are not shown for equally long, so a model that reads one pace reads the mean",
-        )
+        notes += ("the frames of a video have different durations; a model that reads one frame rate gets the mean",)
         taken_ms = sum(lengths_ms[indices[0] : indices[-1] + 1])
         return Clip(tuple(frames), Timing(1000.0, tuple(begins_ms[k] for k in indices), taken_ms), notes)
     return Clip(tuple(frames), Timing(1000 / lengths_ms[0], indices, _spanned(indices)), notes)
 
 
+def _left_out(n_frames: int, total: int) -> tuple[str, ...]:
+    """A note where fewer frames are shown than the video has."""
+    return () if n_frames == total else (f"{n_frames} of the {total} frames of a video are shown",)
+
+
 def _spanned(indices: Sequence[int]) -> int:
+    """Number of frames of the source video from the first index to the last."""
     return indices[-1] - indices[0] + 1
 
 
 def _length_ms(image: Image.Image, index: int) -> int:
+    """Duration of a frame."""
     image.seek(index)
-    image.load()  # WebP knows it only then
+    image.load()  # sets the duration for WebP
     length_ms = round(image.info.get("duration") or 0)
-    return length_ms if length_ms > 0 else 1000 if image.format == "TIFF" else 100  # as browsers do with none
+    return length_ms if length_ms > 0 else 1000 if image.format == "TIFF" else 100  # without a duration, as browsers
 
 
 def read_movie(source: Path | bytes, sampling: Sampling, name: str) -> Clip:
-    """Frames of a movie, upright.
+    """Frames of a movie, with its rotation applied.
 
     Raises:
         ImageError: PyAV is not installed, the movie is damaged, or more is asked for than it holds or memory allows.
@@ -180,14 +190,13 @@ def read_movie(source: Path | bytes, sampling: Sampling, name: str) -> Clip:
         total, fps = _count(container, stream, name), float(stream.average_rate or stream.guessed_rate or 0)
         pixels = stream.width * stream.height
     if not fps > 0:
-        raise ImageError(f"{name} does not say how many frames it has a second; pass its frames as a list")
+        raise ImageError(f"{name} has no frame rate; pass its frames as a list")
     for _ in range(2):  # the count of a header may be too high
         indices = choose_frames(total, fps, sampling, name)
         _check_size(len(indices), pixels, name)
         frames, n_decoded = _decode(source, indices, name)
         if len(frames) == len(indices):
-            notes = () if len(frames) == total else (f"{len(frames)} of the {total} frames of a video are shown",)
-            return Clip(tuple(frames), Timing(fps, indices, _spanned(indices)), notes)
+            return Clip(tuple(frames), Timing(fps, indices, _spanned(indices)), _left_out(len(frames), total))
         total = n_decoded
         if total == 0:
             break
@@ -202,11 +211,12 @@ def movie_size(source: Path | bytes, name: str) -> tuple[int, int]:
 
 @contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream. Raises `ImageError`, also for exceptions of the block."""
     try:
         import av
     except ImportError as error:
         raise ImageError(
-            f"{name} is a video, and reading its frames needs PyAV: pip install av, or pass its frames as a list"
+            f"{name} is a video; pass its frames as a list, or install PyAV to read it: {how_to_install('video')}"
         ) from error
     with decoder_errors(name), av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         if not container.streams.video:
@@ -223,7 +233,7 @@ def _count(container: Any, stream: Any, name: str) -> int:
 
 
 def _decode(source: Path | bytes, indices: Sequence[int], name: str) -> tuple[list[Image.Image], int]:
-    """The frames of these rising indices, and how many had to be decoded for them."""
+    """The frames of ascending indices, and the number of frames that were decoded for them. Raises `ImageError`."""
     frames: list[Image.Image] = []
     n_decoded = 0
     with _opened(source, name) as (container, stream):
@@ -239,6 +249,7 @@ def _decode(source: Path | bytes, indices: Sequence[int], name: str) -> tuple[li
 
 
 def _check_size(n_frames: int, pixels: int, name: str) -> None:
+    """Raises `ImageError` where the decoded frames would take more than `MAX_VIDEO_BYTES`."""
     if n_frames * pixels * 3 > MAX_VIDEO_BYTES:
         raise ImageError(
             f"{name}: {n_frames} frames of {pixels} pixels need {n_frames * pixels * 3 >> 20} MiB, expected at most "

@@ -19,15 +19,15 @@ _EDGE = r"(?:\b|(?<=['’])|(?=['’]))"  # the dog in dog's is a word
 def word_spans(text: str) -> tuple[Span, ...]:
     """Half-open ranges of the words, in order.
 
-    What Unicode's boundaries enclose is a word where it holds a letter or a digit, and words that hyphens join are one.
-    In scripts without spaces (Chinese, Japanese, Thai, ...) those boundaries tell nothing; all letters in a row are one
-    word there.
+    A segment between Unicode word boundaries is a word if it holds a letter or a digit; words joined by hyphens are one.
+    In scripts without spaces (Chinese, Japanese, Thai, ...) these boundaries do not separate words, and a run of letters
+    is one word.
 
     >>> [text[start:stop] for text in ("It's a T-shirt, 3.50 €",) for start, stop in word_spans(text)]
     ["It's", 'a', 'T-shirt', '3.50']
     """
     found: list[Span] = []
-    spaceless = False  # the last one's script
+    spaceless = False  # whether the previous word is in such a script
     for start, stop in pairwise(match.start() for match in _BORDER.finditer(text)):
         if not _HOLDS_LETTER.search(text, start, stop):
             continue
@@ -41,10 +41,10 @@ def word_spans(text: str) -> tuple[Span, ...]:
 
 
 def phrase_spans(text: str, phrase: str) -> tuple[Span, ...]:
-    """Half-open ranges where a phrase stands as whole words, in any case, composed or decomposed (NFC, NFD).
+    """Half-open ranges where a phrase occurs as whole words, in any case, composed or decomposed (NFC, NFD).
 
     Its ends must be word boundaries of Unicode or apostrophes. In scripts without spaces there is one between any two
-    characters, so a phrase is found wherever it stands; letters are not parted from their vowel signs and accents.
+    characters, so a phrase is found wherever it occurs, but letters are not separated from vowel signs and accents.
     """
     words = r"\s+".join(_written(word) for word in phrase.split())
     pattern = regex.compile(rf"(?wif){_EDGE}{words}{_EDGE}")

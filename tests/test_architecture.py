@@ -241,7 +241,7 @@ def test_kernels_stand_alone() -> None:
 
 
 def test_importing_fastattr_is_light() -> None:
-    """Neither torch and transformers nor a drawing or web library is loaded until a name of theirs is asked for."""
+    """torch, transformers, drawing and web libraries are imported only when a name that needs them is used."""
     code = (
         "import sys, fastattr\n"
         "heavy = {'torch', 'transformers', 'typer', 'tokenizers', 'matplotlib', 'triton', 'pyarrow', 'fastattr.log'} & set(sys.modules)\n"

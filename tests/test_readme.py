@@ -93,7 +93,7 @@ def test_the_tree_is_the_tree() -> None:
 
 
 def test_install_lines_work_from_a_clone() -> None:
-    """fastattr is on no package index: `pip install fastattr[log]` would fail, or fetch another package."""
+    """fastattr is not on a package index: `pip install fastattr[log]` would fail or install another package."""
     _, _, listed = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")
     extras = set(re.findall(r"^(\w+) = \[", listed.partition("\n[")[0], re.MULTILINE))
     files = [ROOT / "README.md", *(ROOT / "fastattr").rglob("*.py"), *(ROOT / "fastattr").rglob("*.md")]

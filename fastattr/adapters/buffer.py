@@ -67,7 +67,7 @@ class StateBuffer:
             if self._held_bytes + size > self.max_bytes:
                 return None
             self._held_bytes += size
-        with torch.inference_mode(False):  # others will write to it outside of inference mode
+        with torch.inference_mode(False):  # it is also written to outside inference mode
             return torch.empty(PAGE_ROWS, dim, dtype=like.dtype, device=device, pin_memory=self.pin_memory)
 
     def give_back(self, pages: Sequence[Tensor]) -> None:

@@ -46,10 +46,10 @@ class CapturedStates:
         model_inputs: what the model was given besides `input_ids`.
         prompt_ids: `[n]`, what it was given; None until it runs. Of several prompts the first.
         n_prompts: how many it was given at once.
-        n_cached: tokens that stood in its cache before the first step, of which no states were made.
+        n_cached: tokens already in its cache before the first step; no states of them are captured.
         fed: ids of every step, `[1 n]` each.
-        hidden: states `[n dim]` that were read before, in place of those that hooks would keep; None but for a worker.
-        end_tokens: what ends a response, by the arguments of `generate` and the model's `generation_config`.
+        hidden: states `[n dim]` read from a file by a worker, used in place of captured ones; None otherwise.
+        end_tokens: what ends a response, from the arguments of `generate` and the model's `generation_config`.
     """
 
     def __init__(self, model: Model, buffer: StateBuffer = SHARED_BUFFER) -> None:
@@ -113,7 +113,7 @@ class CapturedStates:
 
     def end(self) -> None:
         """The block is over; on a GPU, remember when the copies will be there."""
-        if self._device is not None and self._device.type == "cuda":  # perhaps not the current one
+        if self._device is not None and self._device.type == "cuda":  # may not be the current device
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self._device))
 
@@ -158,7 +158,8 @@ class CapturedStates:
         """Ids `[n]` that the model was given.
 
         Raises:
-            InputError: nothing was captured, it was released, or the model read what has no ids.
+            InputError: nothing was captured, it was released, or the model was given `inputs_embeds` or a cache of
+                tokens whose ids are unknown.
         """
         if self._embedded:
             raise InputError(
@@ -170,8 +171,8 @@ class CapturedStates:
         first = self.fed[0].shape[1]
         if self.n_cached and self.n_cached + first > self.n_prompt:
             raise InputError(
-                f"the model's first step read {first} tokens after {self.n_cached} in its cache, but it was given "
-                f"{self.n_prompt}: the cache holds tokens that are not known (an earlier turn, or virtual tokens of prefix "
+                f"the model's first step read {first} tokens after {self.n_cached} in its cache, but generate was given "
+                f"{self.n_prompt} ids: the cache holds tokens that are not known (an earlier turn, or virtual tokens of prefix "
                 "tuning); give generate the ids of the whole conversation, or pass it to attribute"
             )
         return self.prompt_ids
@@ -185,10 +186,10 @@ class CapturedStates:
         return complete and torch.equal(fed, sequence[:-1])
 
     def n_spoken(self, sequence: Tensor) -> int:
-        """Length of `sequence [seq]` up to the end tokens of its response.
+        """Length of `sequence [seq]` without the end tokens of its response.
 
         Raises:
-            InputError: the response holds nothing else.
+            InputError: the response holds only end tokens.
         """
         start = self.n_prompt
         n = start + self.end_tokens.length(sequence[start:])
@@ -205,10 +206,10 @@ class CapturedStates:
         return self._reading.head
 
     def check_head(self) -> None:
-        """Refuse states whose output head is gone.
+        """Check that the model still has the output head that `generate` ran with.
 
         Raises:
-            InputError: the model has another one now.
+            InputError: it has another one now.
         """
         base = unwrap_peft(self.model.hf_model)
         if self._reading is not self.model.live.reading and not self._reading.holds(base, self.model.config):
@@ -250,7 +251,9 @@ class CapturedStates:
             InputError: images of this size are not what `generate` was given.
         """
         model = self.model
-        if model.family.nested and len(self.model_inputs.get("batch_num_images", ())) > 1:  # each was given alone
+        if (
+            model.family.nested and len(self.model_inputs.get("batch_num_images", ())) > 1
+        ):  # not given to the processor as one nested list
             model = replace(model, family=replace(model.family, nested=False))
         blank = encode(model, [visual.blank() for visual in visuals], "What is it?").model_inputs
         changed = {  # pixels; a number for each video, as the seconds between its steps, stays what it was
@@ -271,14 +274,14 @@ class CapturedStates:
         """`hidden_states [seq - 1, dim]` of a sequence, on the head's device.
 
         Raises:
-            InputError: other adapters act than when `generate` ran.
+            InputError: other adapters are active than when `generate` ran.
         """
         if self._adapters is not None and self._adapters != adapters_of(unwrap_peft(self.model.hf_model)):
             raise InputError(
-                "other adapters act on the model than when generate ran, or their weights changed, so that reading its "
-                "states again would give another model's; explain the answer before, or set the same adapter again"
+                "other adapters are active than when generate ran, or their weights changed, so another forward would give "
+                "the states of another model; explain the answer before changing adapters, or set the same adapter again"
             )
-        # what was made under inference mode may not be written to outside of it
+        # tensors made under inference mode cannot be written to outside of it
         given = {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
         last, _ = forward(self.model, sequence[None, :-1], given, -1, interpolate=False)
         return last[0].to(self.head.weight.device)
@@ -290,7 +293,7 @@ class CapturedStates:
 
 
 def _n_cached(cache: Any) -> int:
-    """Tokens in a cache that a model is given."""
+    """Number of tokens in a cache that is passed to a model."""
     if cache is None:
         return 0
     if hasattr(cache, "get_seq_length"):
@@ -307,7 +310,8 @@ def captured_reading(
 
     Raises:
         InputError: nothing was captured, `out` is not one sequence that begins with the captured prompt, the
-            images are not as many as were captured or stand in a cache that was made before, or the model has changed.
+            number of images differs from what was captured or some were read into an earlier cache, or the model has
+            changed.
         TokenLayoutError: the captured inputs do not fit the model's grids.
     """
     model = states.model
@@ -364,10 +368,15 @@ def captured_reading(
 def _captured_groups(
     states: CapturedStates, prefill: Tensor, visuals: Sequence[Visual]
 ) -> tuple[tuple[ImageGroup, ...], list[tuple[bool, int]]]:
-    """Image tokens of the prompt, and how each image or video was shown."""
+    """Groups of image tokens of the prompt, and for each image or video whether it is a video and its number of frames.
+
+    Raises:
+        InputError: the number or the shape of the images differs from what was captured.
+        TokenLayoutError: the captured inputs do not fit the model's grids.
+    """
     model = states.model
     ids = prefill.tolist()
-    alike = model.film_token_id == model.image_token_id  # then only the processor tells what frames were shown as
+    alike = model.film_token_id == model.image_token_id  # then only the processor's inputs tell images from videos
     has_films = model.film_token_id in ids and model.family.watch is not None and (model.takes_videos or not alike)
     films = [has_films and len(visual.frames) > 1 for visual in visuals]
     inputs = {**states.model_inputs, "input_ids": prefill[None]}
@@ -401,7 +410,7 @@ def _captured_groups(
 
 
 def _check_aspect(number: int, visual: Visual, group: ImageGroup) -> None:
-    """Raises `InputError` unless a grid can be that of a picture at some size, each side rounded to whole cells."""
+    """Raises `InputError` unless the grid has the aspect ratio of the picture, each side rounded to whole cells."""
     sizing, (height, width) = visual.sizing, visual.size
     if sizing is not None and sizing.height is not None and sizing.width is not None:
         height, width = sizing.height, sizing.width
@@ -410,17 +419,17 @@ def _check_aspect(number: int, visual: Visual, group: ImageGroup) -> None:
         turned = ", but it is that of the picture turned by 90 degrees" if _has_aspect(w, h, height, width) else ""
         raise InputError(
             f"picture {number} has {width} x {height} pixels (width x height), but generate was given a picture of {w} x {h} "
-            f"cells, which is not its shape{turned}; pass the picture that the processor was given, as it was given (of files "
-            "fastattr follows the EXIF orientation, as transformers' load_image does and PIL.Image.open does not)"
+            f"cells, which is not its shape{turned}; pass exactly the picture that the processor was given (fastattr applies the "
+            "EXIF orientation of files, as transformers' load_image does and PIL.Image.open does not)"
         )
 
 
 def _has_aspect(h: int, w: int, height: int, width: int) -> bool:
-    """Whether both sides can have been scaled alike, then rounded up or down to whole cells, and to one at least."""
-    least, most = zip(
-        *(((n - 1) / side if n > 1 else 0.0, (n + 1) / side) for n, side in ((h, height), (w, width))), strict=True
-    )
-    return max(least) < min(most)
+    """Whether `height x width` scaled by one factor can round, up or down, to `h x w` cells; a side has at least one."""
+    sides = ((h, height), (w, width))
+    least = max((n - 1) / side if n > 1 else 0.0 for n, side in sides)  # of the factor, in cells per pixel
+    most = min((n + 1) / side for n, side in sides)
+    return least < most
 
 
 @contextmanager
@@ -479,7 +488,7 @@ class _Tap:
 
 
 def _capturing(base: Any) -> list[CapturedStates]:
-    """The blocks of this context that capture `base`, while it runs for its user."""
+    """The blocks of this context that capture `base`; none while fastattr itself runs the model."""
     if is_uncaptured():
         return []
     return [states for captured, states in _open.get() if captured is base]

@@ -1,4 +1,4 @@
-"""What a model's files hold, so that results of one model are not mistaken for those of another of the same name."""
+"""Digests of a model's files, which tell models of the same name apart."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CHUNK_BYTES = 1 << 22
 
 
 def model_content(name: str | Path) -> dict[str, str]:
-    """Digests of the files of a model's directory by name, or the commit of a hub id.
+    """Digests of the files in a model's directory by relative path, or `{"commit": ...}` for a hub id.
 
-    Reads every byte, as loading does: a fine-tuned model differs in nothing but its weights. The calibration is left
-    out, which says how to read evidence and changes none. Empty where `load` would find no model.
+    Reads every byte, because a fine-tuned model may differ in its weights alone. The calibration file is left out: it
+    does not change what the model computes. Empty where `load` would find no model.
     """
     folder = BUNDLED.get(str(name), Path(name))
     if folder.is_dir():

@@ -46,12 +46,12 @@ class Rows:
 
 
 def cache_name(hf_model: nn.Module) -> str:
-    """What a model's `forward` calls its cache, as an argument and in its output.
+    """The name of the cache in a model's `forward` arguments and output.
 
     transformers renamed `past_key_values` to `cache` in 5.24; remote code may still use the old name there.
 
     Raises:
-        UnsupportedModelError: it takes none.
+        UnsupportedModelError: `forward` takes no cache.
     """
     model = unwrap_peft(hf_model)
     arguments = inspect.signature(type(model).forward).parameters

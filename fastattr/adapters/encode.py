@@ -21,16 +21,15 @@ from fastattr.adapters.wording import ShownAs, render, text_positions
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import ImageError, InputError, ScaleError, TokenLayoutError
 from fastattr.images import Visual
-from fastattr.parts import SIZES
+from fastattr.parts import SIZES, check_whole
 from fastattr.types import Box, ImageGroup, TokenLayout, View
 from fastattr.views import canvas
 
 MAX_IMAGE_TOKENS = 65_536
-IMAGE_CELLS, VIDEO_CELLS = (
-    (4, 16_384),
-    (128, 768),
-)  # of qwen-vl-utils: at least and at most, of a picture and of a frame
-MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower; four of the bundled model's pictures are fastest
+# least and most tokens of a picture and of a video frame in qwen-vl-utils
+IMAGE_CELLS = (4, 16_384)
+VIDEO_CELLS = (128, 768)
+MAX_JOINT_TOKENS = 160  # image tokens in one forward of a joint tower: four of the bundled model's pictures
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def encode_scales(
             "either; ask about them apart, or pass the frames of the video as images"
         )
     text = render(model, chat, [picture.shown_as for picture in pictures])
-    base = _process_sized(model, text, pictures)  # also what the other scales are relative to
+    base = _process_sized(model, text, pictures)  # the other scales are relative to it
     processed = [
         base if scale == 1.0 else _process_scaled(model, text, pictures, base.looks, scale) for scale in scales
     ]
@@ -109,22 +108,20 @@ def encode_scales(
 
 
 def _check_alignment(model: Model, one: EncodedExample, other: EncodedExample) -> None:
-    """That pictures show the same part at two scales, but for less than a cell.
+    """Check that each picture shows the same part at two scales, to within one cell.
 
     Raises:
-        ScaleError: they do not.
+        ScaleError: it does not.
     """
     for first, second in zip(one.groups, other.groups, strict=True):
         _, rows, columns = (min(sides) for sides in zip(first.grid, second.grid, strict=True))
-        (left, top, right, bottom), moved = (
-            first.extent,
-            [abs(a - b) for a, b in zip(first.extent, second.extent, strict=True)],
-        )
+        left, top, right, bottom = first.extent
+        moved = [abs(a - b) for a, b in zip(first.extent, second.extent, strict=True)]
         if max(moved[0::2]) > (right - left) / columns or max(moved[1::2]) > (bottom - top) / rows:
             raise ScaleError(
                 f"{type(model.processor).__name__} shows the part {first.extent} of a picture at scale {one.scale:g} and "
-                f"{second.extent} at scale {other.scale:g} (left, top, right, bottom, as shares), so that their maps cannot be "
-                "laid upon each other; let it resize pictures (do_resize=True), or use scales=(1.0,)"
+                f"{second.extent} at scale {other.scale:g} (left, top, right, bottom, as fractions), so their maps cannot be "
+                "combined; let it resize pictures (do_resize=True), or use scales=(1.0,)"
             )
 
 
@@ -180,14 +177,16 @@ def _example(
 
 
 def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Tensor:
-    """Response ids `[target]` on the model's device, without the end tokens behind the last word.
+    """Response ids `[target]` on the model's device, without trailing end tokens.
 
     Text is tokenised without special tokens; ids are kept as they are.
 
     Raises:
-        InputError: the response is empty, or holds ids outside the vocabulary or the image placeholder.
+        InputError: the response is empty, or holds half of a character, ids outside the vocabulary or the image
+            placeholder.
     """
     if isinstance(response, str):
+        check_whole(response, "the response")
         ids = _tokenise(model, response)
         if not response.strip() or len(ids) == 0:
             raise InputError(
@@ -208,14 +207,14 @@ def encode_response(model: Model, response: str | Sequence[int] | Tensor) -> Ten
     ended = ids[: end_tokens(model).length(ids)]
     if len(ended) == 0:
         raise InputError(
-            f"the response holds the end tokens {ids[:5].tolist()} alone, so there is nothing to explain; pass None to let "
+            f"the response holds only the end tokens {ids[:5].tolist()}, so there is nothing to explain; pass None to let "
             "the model generate one"
         )
     return ended.to(model.device)
 
 
 def check_response(model: Model, ids: Tensor) -> None:
-    """Raise `InputError` where ids `[target]` of a response lie outside the vocabulary or are an image placeholder."""
+    """Raises `InputError` where an id of a response `[target]` is outside the vocabulary or an image placeholder."""
     vocab = model.head.vocab
     wrong = ids[(ids < 0) | (ids >= vocab)]
     if len(wrong):
@@ -231,16 +230,16 @@ def check_response(model: Model, ids: Tensor) -> None:
 
 
 def check_prompt(model: Model, encoded: EncodedExample, prompt_ids: Sequence[int] | Tensor) -> None:
-    """Whether a prompt is the one that some engine says its response was written to.
+    """Check that a prompt is the one an engine reports for its response.
 
-    A run of one placeholder counts as one, on both sides: how many an image has hangs on its scale, and some engines
-    return one a picture.
+    A run of the same placeholder counts as one in both: their number depends on the scale, and some engines return one
+    per picture.
 
     Args:
         prompt_ids: int `[seq]`, without the response.
 
     Raises:
-        InputError: they are no token ids.
+        InputError: `prompt_ids` are not token ids.
         TokenLayoutError: the prompts differ; the message shows where.
     """
     try:
@@ -261,13 +260,13 @@ def check_prompt(model: Model, encoded: EncodedExample, prompt_ids: Sequence[int
     )
     raise TokenLayoutError(
         f"prompt_ids is not the prompt that {model.name} is given here: they differ from token {at} on (a run of image "
-        f"placeholders counted as one), where prompt_ids says {theirs!r} and the prompt here {mine!r}; pass the messages, "
-        "tools and template_options that the response was written to, with fastattr.Chat"
+        f"placeholders counted as one), where prompt_ids holds {theirs!r} and the prompt here {mine!r}; pass the messages, "
+        "tools and template_options that the engine was given, as a fastattr.Chat"
     )
 
 
 def _joined(model: Model, ids: Sequence[int]) -> list[int]:
-    """Ids with one placeholder in place of a run of them."""
+    """Ids with every run of the same placeholder reduced to one."""
     stand_ins = {*model.placeholder_ids, model.film_token_id}
     return [id for i, id in enumerate(ids) if i == 0 or id != ids[i - 1] or id not in stand_ins]
 
@@ -386,12 +385,12 @@ def _process(model: Model, text: str, pictures: Sequence[_Picture], **options: A
 
 
 def _on_cpu() -> AbstractContextManager[object]:
-    """A context in which a processor's tensors lie on the CPU: a default device of "meta" would lose what they hold."""
+    """A context in which processors create tensors on the CPU: on a default device "meta" their values would be lost."""
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:
-    """The option that tells a processor when frames were taken; none where nobody said."""
+    """The option that tells a processor when frames were taken; empty where no video has timing."""
     if all(film.timing is None for film in films) or not accepts(model.processor.__call__, "video_metadata"):
         return {}
     told: list[dict[str, Any]] = []
@@ -400,29 +399,28 @@ def _video_metadata(model: Model, films: Sequence[Visual]) -> dict[str, Any]:
         if timing is None:
             told.append({"total_num_frames": n, "fps": None, "frames_indices": list(range(n))})
         else:
-            known = {"total_num_frames": timing.total, "fps": timing.fps, "frames_indices": list(timing.indices)}
-            told.append(known)
+            told.append({"total_num_frames": timing.total, "fps": timing.fps, "frames_indices": list(timing.indices)})
     return {"video_metadata": told}
 
 
 def _check_frames(model: Model, n_frames: Sequence[int], videos: Sequence[Looks]) -> None:
-    """That a processor shows every frame, where the model's configuration says how many become a time step.
+    """Check that no frame was dropped, where the model's configuration gives the number of frames per time step.
 
     Raises:
-        TokenLayoutError: it left some out, as processors do that sample and cannot be told otherwise.
+        TokenLayoutError: the processor dropped some, as those do that sample frames and have no option against it.
     """
     depth = getattr(getattr(model.config, "vision_config", None), "temporal_patch_size", None)
     for n, looks in zip(n_frames, videos, strict=False):  # their number is checked with that of images
         steps = looks[0].grid[0]
         if depth is not None and steps * depth < n:
             raise TokenLayoutError(
-                f"{type(model.processor).__name__} shows a video of {n} frames in {steps} time steps of {depth} frames: it left "
-                "frames out; let it take do_sample_frames=False, or give it the frames to be shown"
+                f"{type(model.processor).__name__} shows a video of {n} frames in {steps} time steps of {depth} frames: it "
+                "dropped frames; use a processor that accepts do_sample_frames=False, or pass only the frames to be shown"
             )
 
 
 def _least(model: Model) -> str:
-    """What pictures have to measure at least, for an error; nothing where the family does not say it."""
+    """A hint on the smallest size of a picture, for an error message; empty where the family does not define it."""
     cell = model.family.cell(model.config)
     if cell <= 1:
         return ""
@@ -441,21 +439,21 @@ def _drop_repeated_bos(inputs: dict[str, Tensor], tokenizer: Any) -> None:
 
 
 def _process_sized(model: Model, text: str, pictures: Sequence[_Picture]) -> _Processed:
-    """Show every picture at the size its part asks for, else as the processor does by itself.
+    """Show every picture at the size its message part asks for, or else at the size the processor chooses.
 
-    The rule is that of qwen-vl-utils: whole cells, each side rounded, within `min_pixels` and `max_pixels` (of a video those
-    of one frame).
+    Sizes follow qwen-vl-utils: each side is rounded to whole cells, within `min_pixels` and `max_pixels` (per frame for a
+    video).
 
     Raises:
-        ImageError: the family sizes pictures otherwise, or its processor shows them at another size all the same.
+        ImageError: the family does not support sizes of message parts, or its processor shows another size.
     """
     sized = [picture for picture in pictures if picture.visual.sizing is not None]
     if not sized:
         return _process(model, text, pictures)
     if not model.family.sized:
         raise ImageError(
-            f"{model.name} ({model.family.name}) has a way of its own to size pictures, so that {', '.join(SIZES)} of a "
-            "message part cannot be followed; leave them out, or resize the picture"
+            f"{model.name} ({model.family.name}) chooses the size of pictures by a rule of its own, so {', '.join(SIZES)} of a "
+            "message part are not supported; leave them out, or resize the picture"
         )
     shown = [picture if picture.visual.sizing is None else _sized(model, picture) for picture in pictures]
     processed = _process(model, text, shown)
@@ -475,7 +473,7 @@ def _process_sized(model: Model, text: str, pictures: Sequence[_Picture]) -> _Pr
 
 
 def _sized(model: Model, picture: _Picture) -> _Picture:
-    """A picture at the size its part asks for."""
+    """A picture resized as its message part asks. Raises `ImageError` where no size is possible."""
     sizing, cell = picture.visual.sizing, _cell(model, picture)
     assert sizing is not None
     fewest, most = VIDEO_CELLS if picture.film else IMAGE_CELLS

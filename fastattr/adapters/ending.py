@@ -1,4 +1,4 @@
-"""Where a response ends: end tokens, and the padding behind them, are not words."""
+"""Where a response ends: end tokens and the padding after them are not explained."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fastattr.adapters.model import Model
 
 @dataclass(frozen=True)
 class EndTokens:
-    """The ids that end a response, and those that pad it behind its end."""
+    """The ids that end a response, and the ids that pad it after its end."""
 
     ends: frozenset[int]
     pads: frozenset[int]
 
     def cut(self, ids: Iterable[int]) -> Generator[int, None, None]:
-        """The ids without the end tokens behind the last word, nor the padding behind the first of these.
+        """The ids without the trailing end tokens and the padding after them.
 
-        An end token that a word follows stays, so an end token is held back until the next word is known. Padding that
-        no end token precedes stays too: many models pad with an ordinary token.
+        An end token that another token follows is kept, so it is held back until the next token is known. Padding
+        without an end token before it is kept too: many models pad with an ordinary token.
         """
         held: list[int] = []
         for token_id in ids:
@@ -34,12 +34,12 @@ class EndTokens:
             held = []
 
     def length(self, ids: Tensor) -> int:
-        """How many of `ids [n]` come before the end."""
+        """How many of `ids [n]` are left by `cut`."""
         return sum(1 for _ in self.cut(ids.tolist()))
 
 
 def end_tokens(model: Model, options: Mapping[str, Any] | None = None) -> EndTokens:
-    """The end tokens of a call of the model's `generate`.
+    """The end tokens that apply to a call of the model's `generate`.
 
     Args:
         options: arguments of that call; they take precedence over the model's `generation_config`.

@@ -75,8 +75,8 @@ def step_seconds(seconds: Sequence[float], depth: int) -> list[tuple[float, floa
     """When the first and the last frame of every temporal patch were taken, in seconds.
 
     Args:
-        seconds: of every frame.
-        depth: frames of a temporal patch.
+        seconds: when each frame was taken.
+        depth: number of frames in a temporal patch.
     """
     last = len(seconds) - 1
     return [(seconds[first], seconds[min(first + depth - 1, last)]) for first in range(0, len(seconds), depth)]

@@ -1,4 +1,4 @@
-"""What a model answers: one call of its own `generate`, read as a whole or token by token."""
+"""A model's own answer: one call of its `generate`, returned as a whole or token by token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,8 @@ SET_HERE = {
     "num_return_sequences": "one answer is explained",
     "streamer": "iterate over fastattr.stream, or stream your own generate with fastattr.TokenStream",
 }
-# what has an effect in one way of decoding alone
+_USER_CODE = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate")
+# options without effect unless the model samples, or searches with beams
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAMS = ("length_penalty", "early_stopping")
 
@@ -47,11 +48,11 @@ class GenerateCall:
     """A call of a model's `generate`.
 
     Attributes:
-        arguments: all of them, but for a streamer.
+        arguments: all of them except the streamer.
         end: the tokens that end its answer.
-        streams: whether it gives every token to a streamer when it is decided. Beams are decided at the end, a static
-            cache may bring CUDA graphs, which belong to one thread, `max_time` would count the time between tokens, and
-            nothing is known of a `custom_generate`.
+        streams: whether tokens can be streamed from a thread as they are chosen. Not with beams, which are chosen at the
+            end; a static cache, which may use CUDA graphs that belong to one thread; `max_time`, which would include the
+            time between tokens; or a `custom_generate`, of which nothing is known.
     """
 
     arguments: Mapping[str, Any]
@@ -62,13 +63,13 @@ class GenerateCall:
 def generate_call(
     model: Model, encoded: EncodedExample, *, max_new_tokens: int, options: Mapping[str, Any] | None = None
 ) -> GenerateCall:
-    """How the model is asked: by its own `generation_config`, greedily unless the options say `do_sample=True`.
+    """The arguments for `generate`: the model's own `generation_config`, greedy unless the options set `do_sample=True`.
 
     Args:
         options: further arguments of `generate`; they take precedence over the `generation_config`.
 
     Raises:
-        InputError: an option is set here and cannot be chosen, or has no effect.
+        InputError: an option is one that fastattr sets itself, is not supported, or has no effect.
     """
     given = _checked(model, encoded, {} if options is None else options, max_new_tokens)
 
@@ -76,7 +77,7 @@ def generate_call(
         return setting(model, given, name)
 
     n_prompt = len(encoded.input_ids)
-    # padding rows of the output embeddings and the placeholders of images are no text
+    # never generated: padding rows of the output embeddings and image placeholders
     never = {*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))}
     arguments = {
         **encoded.model_inputs,
@@ -89,14 +90,14 @@ def generate_call(
     if given.get("custom_generate") is not None:
         arguments["max_new_tokens"] = max_new_tokens
     else:
-        # as a whole length: transformers warns of max_new_tokens where the generation_config holds a max_length
+        # not max_new_tokens, of which transformers warns where the generation_config holds a max_length
         arguments |= {"max_length": n_prompt + max_new_tokens, "max_new_tokens": None}
         if given.get("logits_processor"):
             arguments["logits_processor"] = [*given["logits_processor"], _Witness()]
     if (chosen("num_return_sequences") or 1) > 1:
         arguments["num_return_sequences"] = 1
     for name, most in (("min_new_tokens", max_new_tokens), ("min_length", n_prompt + max_new_tokens)):
-        if (chosen(name) or 0) > most:  # of the generation_config: the answer is as long as it may be
+        if (chosen(name) or 0) > most:  # from the generation_config
             arguments[name] = most
     if chosen("stop_strings") is not None or "assistant_tokenizer" in given:
         arguments.setdefault("tokenizer", model.processor.tokenizer)
@@ -112,11 +113,11 @@ def generate_call(
 def generate(
     model: Model, encoded: EncodedExample, *, max_new_tokens: int, options: Mapping[str, Any] | None = None
 ) -> Tensor:
-    """The model's answer without the end tokens, int `[target]`. Arguments as of `generate_call`.
+    """The model's answer without trailing end tokens, int `[target]`. Arguments as for `generate_call`.
 
     Raises:
-        InputError: the model ends at once, so there is nothing to explain; it says an image placeholder; or it refuses
-            an option.
+        InputError: the answer is empty or holds an image placeholder, or the model does not accept an option.
+        StatesError: `generate` fails.
     """
     call = generate_call(model, encoded, max_new_tokens=max_new_tokens, options=options)
     said = list(call.end.cut(_answer(model, encoded, call.arguments)))
@@ -132,23 +133,23 @@ def generate(
 def generate_steps(
     model: Model, encoded: EncodedExample, *, max_new_tokens: int, options: Mapping[str, Any] | None = None
 ) -> Generator[int, None, None]:
-    """The ids of `generate`, one by one when they are decided.
+    """The ids of `generate`, one by one as they are chosen.
 
-    `generate` runs in a thread of its own, but only while the next id is waited for. It ends with this iterator, also
-    where that is closed or forgotten. What it raises is raised here. Where it decides all tokens at the end (see
-    `GenerateCall`), it runs as a whole when the first id is asked for, without a thread.
+    `generate` runs in a thread of its own, but only while the caller waits for the next id. The thread ends when this
+    iterator is exhausted, closed or garbage-collected. Exceptions of `generate` are raised here. Where tokens cannot be
+    streamed (see `GenerateCall.streams`), `generate` runs in the caller's thread when the first id is asked for.
     """
     call = generate_call(model, encoded, max_new_tokens=max_new_tokens, options=options)
     if not call.streams:
         return call.end.cut(_later(lambda: _answer(model, encoded, call.arguments)))
     turns = _Turns(OwnPositions(model.hf_model))
     steps = _in_turns(model, encoded, call.arguments, turns)
-    weakref.finalize(steps, turns.stop)  # at exit too, where a thread that stands still would be waited for
+    weakref.finalize(steps, turns.stop)  # also at interpreter exit, which would otherwise wait for the thread
     return call.end.cut(steps)
 
 
 def _checked(model: Model, encoded: EncodedExample, options: Mapping[str, Any], max_new_tokens: int) -> dict[str, Any]:
-    """The options as arguments of `generate`, those of a `generation_config` among them."""
+    """The options as arguments of `generate`, including those of a given `generation_config`. Raises `InputError`."""
     from transformers import GenerationConfig
 
     if not isinstance(options, Mapping):
@@ -159,7 +160,7 @@ def _checked(model: Model, encoded: EncodedExample, options: Mapping[str, Any], 
     if config is not None and not isinstance(config, GenerationConfig):
         raise InputError(f"generation_config is a {type(config).__name__}, expected transformers.GenerationConfig")
     given = {**_differing(model, config), **options}
-    given.pop("generation_config", None)  # transformers takes arguments or a configuration, not both
+    given.pop("generation_config", None)  # transformers does not accept both
     for name in given:
         reason = SET_HERE.get(name) or (_INPUTS if name in encoded.model_inputs else None)
         if reason is not None:
@@ -186,7 +187,7 @@ def _checked(model: Model, encoded: EncodedExample, options: Mapping[str, Any], 
 
 
 def _differing(model: Model, config: Any) -> dict[str, Any]:
-    """What a `generation_config` sets, other than the model's own."""
+    """The values of a `generation_config` that differ from the model's own."""
     own = getattr(model.hf_model, "generation_config", None)
     return {
         name: value
@@ -199,7 +200,7 @@ def _differing(model: Model, config: Any) -> dict[str, Any]:
 
 
 class _Witness:
-    """A logits processor that changes nothing, to know whether they are used: Janus's `generate` drops them."""
+    """A logits processor that changes nothing and records that it was called: Janus's `generate` ignores them."""
 
     was_called = False
 
@@ -209,23 +210,28 @@ class _Witness:
 
 
 def _later(answer: Callable[[], Iterable[int]]) -> Iterator[int]:
+    """Iterate over what `answer` returns; it is called when the first item is asked for."""
     yield from answer()
 
 
 @torch.no_grad()
 def _answer(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -> list[int]:
-    """The ids `generate` puts behind the prompt.
-
-    Raises:
-        InputError: it refuses its arguments, or does not return one sequence that begins with the prompt.
-    """
+    """The ids that `generate` returns after the prompt. Raises as `_call`."""
     with uncaptured(), undisturbed(model.states):
         return _call(model, encoded, arguments)
 
 
 def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -> list[int]:
+    """Call `generate`, and return the ids after the prompt.
+
+    Raises:
+        InputError: it does not accept or ignores an argument, or does not return one sequence that begins with the prompt.
+        StatesError: it fails. With code of the user among the arguments the failure is raised as it is, since it may be
+            the user's own.
+    """
     inputs = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    with named_failures(model, inputs):
+    has_user_code = any(arguments.get(name) is not None for name in _USER_CODE)
+    with nullcontext() if has_user_code else named_failures(model, inputs):
         try:
             out = model.hf_model.generate(**arguments)
         except FastattrError:
@@ -255,14 +261,14 @@ def _call(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any]) -
 
 
 class _Stopped(BaseException):
-    """Nobody waits for the next token any more. Not an Exception, so that what handles errors lets it pass."""
+    """Ends `generate` when no more tokens are wanted. Not an Exception, so that no error handler catches it."""
 
 
 class _Turns:
-    """A streamer whose `generate` stands still, in a thread of its own, until the next token is asked for.
+    """A streamer that pauses `generate`, in a thread of its own, until the next token is asked for.
 
     Attributes:
-        positions: what the model keeps of this sequence, taken off it while `generate` stands still.
+        positions: the positions the model keeps for this sequence, removed from it while `generate` is paused.
     """
 
     def __init__(self, positions: OwnPositions) -> None:
@@ -276,7 +282,7 @@ class _Turns:
     # --- in the thread of `generate` ---
 
     def put(self, value: Tensor) -> None:
-        """Called by `generate`: first the prompt, which is left out, then what it decided (assisted, several ids)."""
+        """Called by `generate`: first with the prompt, which is skipped, then with new ids (several in assisted decoding)."""
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -288,12 +294,12 @@ class _Turns:
             raise _Stopped
 
     def end(self) -> None:
-        """Called by `generate` at the end, which its return tells as well."""
+        """Called by `generate` at the end. Nothing to do: its return value marks the end."""
 
     def _run(self, answer: Callable[[], list[int]]) -> None:
         try:
             self._given.put((answer(), True))
-        except BaseException as error:  # it is raised where the next token is waited for
+        except BaseException as error:  # raised again by `take`
             self._given.put(error)
 
     # --- in the thread that asks for tokens ---
@@ -305,7 +311,7 @@ class _Turns:
         self._thread.start()
 
     def take(self) -> tuple[list[int], bool]:
-        """The ids that were decided and False, or the whole answer and True. Raises what `generate` raised."""
+        """New ids and False, or the whole answer and True. Raises what `generate` raised."""
         found = self._given.get()
         if isinstance(found, BaseException):
             try:
@@ -318,7 +324,7 @@ class _Turns:
         self._asked.release()
 
     def stop(self) -> None:
-        """End the thread and wait for that."""
+        """End the thread and wait until it has ended."""
         self._is_stopped = True
         self._asked.release()
         if self._thread is not None:
@@ -326,7 +332,11 @@ class _Turns:
 
 
 def _in_turns(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any], turns: _Turns) -> Iterator[int]:
-    """Ids as `generate` streams them, then those that it returned and did not stream."""
+    """Ids as `generate` streams them, then those it returned without streaming.
+
+    Raises:
+        InputError: it returned other ids than it streamed, or see `_call`.
+    """
     surroundings = _surroundings(model)
 
     @torch.no_grad()
@@ -353,7 +363,7 @@ def _in_turns(model: Model, encoded: EncodedExample, arguments: Mapping[str, Any
 
 
 def _surroundings(model: Model) -> list[AbstractContextManager[Any]]:
-    """What PyTorch keeps for each thread, to be entered in another. The default dtype is the process's."""
+    """This thread's PyTorch modes, devices and streams as contexts for another thread. The default dtype is per process."""
     found: list[AbstractContextManager[Any]] = []
     if torch.is_inference_mode_enabled():
         found.append(torch.inference_mode())

@@ -26,38 +26,33 @@ class HeadReading:
 
     Attributes:
         module: the output embeddings it was read from.
-        shape: logit scale and soft-cap of the configuration.
-        answer: what a module that is no plain linear layer gives for one fixed state, `[vocab]`; None for a plain one,
-            whose weight is the head's own memory.
+        form: logit scale and soft-cap of the configuration.
+        answer: output `[vocab]` for one fixed state, of a module that is not a plain linear layer; None for a plain one,
+            whose weight shares memory with the head's.
     """
 
     head: OutputHead
     module: weakref.ref[Any]
-    shape: tuple[float, float | None]
+    form: tuple[float, float | None]
     answer: Tensor | None
 
     def holds(self, hf_model: Any, config: Any) -> bool:
-        """Whether reading the head again would give the same. Costs one product of the matrix with one state at most."""
+        """Whether reading the head again would give the same. Costs at most one product of the matrix with one state."""
         module = self.module()
-        if module is None or module is not hf_model.get_output_embeddings() or _shape(config) != self.shape:
+        if module is None or module is not hf_model.get_output_embeddings() or _form(config) != self.form:
             return False
         if self.answer is not None:
-            answer = _answer(module, self.head.weight.shape[1], hf_model.dtype)
-            same = (answer.shape, answer.dtype, answer.device) == (
-                self.answer.shape,
-                self.answer.dtype,
-                self.answer.device,
-            )
-            return same and torch.equal(answer, self.answer)
+            before, now = self.answer, _answer(module, self.head.weight.shape[1], hf_model.dtype)
+            return (before.dtype, before.device) == (now.dtype, now.device) and torch.equal(before, now)
         return (
             _is_plain(module)
-            and _is_view(self.head.weight, module.weight)
-            and (module.bias is None if self.head.bias is None else _is_view(self.head.bias, module.bias))
+            and _is_same_memory(self.head.weight, module.weight)
+            and (module.bias is None if self.head.bias is None else _is_same_memory(self.head.bias, module.bias))
         )
 
 
-def _is_view(held: Tensor, now: Tensor | None) -> bool:
-    """Whether two tensors are the same memory, read the same way."""
+def _is_same_memory(held: Tensor, now: Tensor | None) -> bool:
+    """Whether two tensors are the same memory with the same layout and dtype."""
     return now is not None and (held.data_ptr(), held.shape, held.stride(), held.dtype, held.device) == (
         now.data_ptr(),
         now.shape,
@@ -76,12 +71,12 @@ def read_head(
     it applies. Either way one tiny text-only forward must give the model's own logits back.
 
     Args:
-        valid_vocab: ids from here on are no tokens.
-        states: of the model, see `hooks.state_dicts`: the forward leaves nothing there.
+        valid_vocab: number of valid ids; those from here on are padding. None where all are valid.
+        states: the model's, from `hooks.state_dicts`; they are put back after the forward.
 
     Raises:
-        UnsupportedModelError: there is no head, its weights are nowhere, it does something else, or the model's own
-            forward fails.
+        UnsupportedModelError: there is no head, its weights are not on this machine, it computes something else, or the
+            model's own forward fails.
         StatesError: it holds NaN or Inf.
     """
     module = hf_model.get_output_embeddings()
@@ -93,7 +88,7 @@ def read_head(
     if type(getattr(module, "weight", None)).__name__ == "DTensor":
         raise UnsupportedModelError(
             f"the output embeddings of {type(hf_model).__name__} are spread over processes (FSDP, tensor parallelism), so "
-            "no process has the whole matrix; load the model without, or explain its states with attribute_states"
+            "no process has the whole matrix; load the model without it, or explain its states with attribute_states"
         )
     text_config = config.get_text_config()
     device = device_of(module)
@@ -113,15 +108,15 @@ def _read(module: Any, hf_model: Any, config: Any, dim: int, valid_vocab: int | 
         weight, bias, valid_vocab=valid_vocab if valid_vocab is not None and valid_vocab < vocab else None
     )
     check_head(plain)
-    scale, softcap = shape = _shape(config)
+    scale, softcap = form = _form(config)
     # some classes ignore the scale or the soft-cap of their configuration
     forms = dict.fromkeys([(scale, softcap), (scale, None), (1.0, softcap), (1.0, None)])
     head = _proven(hf_model, config, [replace(plain, logit_scale=scale, softcap=cap) for scale, cap in forms])
-    return HeadReading(head, weakref.ref(module), shape, answer)
+    return HeadReading(head, weakref.ref(module), form, answer)
 
 
-def _shape(config: Any) -> tuple[float, float | None]:
-    """What a configuration multiplies logits by, and its soft-cap."""
+def _form(config: Any) -> tuple[float, float | None]:
+    """Logit scale and soft-cap of a configuration."""
     text_config = config.get_text_config()
     factor = float(getattr(text_config, "logit_scale", None) or 1.0)  # Cohere
     factor *= float(getattr(text_config, "lm_head_multiplier", None) or 1.0)  # Falcon H1
@@ -140,13 +135,13 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _dtype_of(module: nn.Module, model_dtype: torch.dtype) -> torch.dtype:
-    """What a module computes in."""
-    held = next(module.parameters(), None)  # bytes, or none at all, where it is quantised
+    """The dtype a module computes in."""
+    held = next(module.parameters(), None)  # bytes, or None, where the module is quantised
     return held.dtype if held is not None and held.is_floating_point() else model_dtype
 
 
 def _answer(module: nn.Module, dim: int, model_dtype: torch.dtype) -> Tensor:
-    """What a module gives for one fixed state, `[vocab]`. Any change of its matrix changes it."""
+    """Output `[vocab]` of a module for one fixed random state, by which a change of its matrix is noticed."""
     state = torch.randn(1, dim, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     device = device_of(module)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -209,11 +204,11 @@ def _forward(hf_model: Any, input_ids: Tensor) -> Any:
     """The model's own output for a few text tokens `[1 seq]`.
 
     Raises:
-        UnsupportedModelError: the class fails by itself, as Llama 4 does in transformers 5.24.0.
+        UnsupportedModelError: the model's own code fails, as Llama 4's does in transformers 5.24.0.
     """
     try:
         return hf_model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-    except (AttributeError, LookupError, NameError, TypeError) as error:  # what a mistake in its code raises
+    except (AttributeError, LookupError, NameError, TypeError) as error:  # typical of a bug in the model's code
         raise UnsupportedModelError(
             f"{type(hf_model).__name__} does not run with transformers {version('transformers')}: its own forward of "
             f"{input_ids.shape[1]} text tokens raised {type(error).__name__}: {error}. Install another release of "

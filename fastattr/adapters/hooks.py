@@ -26,7 +26,7 @@ def unwrap_peft(hf_model: nn.Module) -> Any:
 
 
 def wrappers_of(hf_model: nn.Module) -> Iterator[Any]:
-    """A model and what it wraps, from the outside in; the last is wrapped around nothing."""
+    """A model and the models it wraps, outermost first."""
     model: Any = hf_model
     while True:
         yield model
@@ -39,7 +39,7 @@ def wrappers_of(hf_model: nn.Module) -> Iterator[Any]:
 
 
 def modules_of(hf_model: nn.Module) -> list[nn.Module]:
-    """Every module once, in no particular order; `modules()` takes longer, to put names together."""
+    """Every module once, in no particular order. Faster than `modules()`, which also builds names."""
     found: dict[int, nn.Module] = {}
     left = [hf_model]
     while left:
@@ -138,8 +138,8 @@ def through_norm(norm: nn.Module, states: Tensor) -> Tensor:
 def record_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the `[batch seq dim]` outputs of a module while the block runs, of forwards in this thread alone.
 
-    A decoder computes all positions meanwhile (see `all_positions`), compiled modules run uncompiled, and captures do not
-    see the forwards.
+    Within the block a decoder computes all positions (see `all_positions`), compiled modules run uncompiled, and `capture`
+    does not record the forwards.
     """
     seen: list[Tensor] = []
     here = get_ident()
@@ -171,15 +171,15 @@ def all_positions(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "logits_to_keep"}
 
 
-_PATCHED = ("generate", "forward")  # what captures and accelerate put on an instance, perhaps in another thread
+_PATCHED = ("generate", "forward")  # set on an instance by `capture` and accelerate, perhaps in another thread
 _ABSENT = object()
 _TENSORS = {Tensor, nn.Parameter}
 
 
 def state_dicts(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    """Where a forward may leave something: attributes and buffers of modules, their configurations.
+    """The dicts that a forward may change: attributes and buffers of modules, and their configurations.
 
-    Torch's own modules keep nothing in eval mode and are left out.
+    Torch's own modules are skipped: they change nothing in eval mode.
     """
     found: list[dict[str, Any]] = []
     configs: dict[int, dict[str, Any]] = {}
@@ -198,15 +198,15 @@ def state_dicts(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
 
 @contextmanager
 def undisturbed(states: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """Put back what forwards in the block leave on a model, as Qwen's `rope_deltas`, which a loop of the user's goes on with.
+    """Undo what forwards in the block set on a model, such as Qwen's `rope_deltas`, which a user's own loop still needs.
 
         with undisturbed(model.states):
             hf_model(...)
 
-    Only attributes that were set or deleted are put back, not tensors that were written into.
+    Attributes that were set or deleted are put back; tensors that were changed in place are not.
 
     Args:
-        states: of `state_dicts`.
+        states: from `state_dicts`.
     """
     before = [state.copy() for state in states]
     try:
@@ -217,7 +217,7 @@ def undisturbed(states: Sequence[dict[str, Any]]) -> Iterator[None]:
                 continue
             for name in {**old, **state}:
                 now, then = state.get(name, _ABSENT), old.get(name, _ABSENT)
-                # what is private and no tensor tells what transformers has set up, once and for all
+                # private attributes that are not tensors hold what transformers sets up once: keep them
                 if now is then or name in _PATCHED or (name[0] == "_" and not {type(now), type(then)} & _TENSORS):
                     continue
                 if then is _ABSENT:
@@ -251,14 +251,14 @@ def interpolated_positions(hf_model: nn.Module, needed: bool) -> Iterator[None]:
         handle.remove()
 
 
-# --- what others keep of the model's runs -----------------------------------------------------------------------
+# --- forwards that captures do not record, and positions kept between forwards -----------------------------------------------------------------------
 
 _uncaptured: ContextVar[bool] = ContextVar("fastattr_uncaptured", default=False)
 
 
 @contextmanager
 def uncaptured() -> Iterator[None]:
-    """Runs of fastattr's own, which are not those a `capture` block waits for."""
+    """Within the block, `capture` does not record the model: fastattr itself runs it."""
     token = _uncaptured.set(True)
     try:
         yield
@@ -271,10 +271,10 @@ def is_uncaptured() -> bool:
 
 
 class OwnPositions:
-    """Positions of one sequence, which Qwen's models and their kin keep on themselves between forwards.
+    """The `rope_deltas` of one sequence, which Qwen's and related models keep as an attribute between forwards.
 
-    They hold how far positions lie behind tokens (`rope_deltas`) for the sequence they read last. Within the block that
-    is this sequence; behind it, the one before. May be entered again, for the next forward.
+    `rope_deltas` is the offset between positions and token counts, for the sequence that was read last. The block sets
+    it to that of this sequence and afterwards restores the previous one. Enter it again for every forward.
     """
 
     def __init__(self, hf_model: nn.Module) -> None:

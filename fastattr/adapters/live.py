@@ -1,4 +1,4 @@
-"""What may change on a model after `wrap`, looked at before every explanation."""
+"""What may change on a model after `wrap`, checked before every explanation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattr.types import OutputHead
 
 
 class Live:
-    """The output head of a model, and where its modules keep state, as they were when `look` was last called."""
+    """The output head of a model and the state dicts of its modules, as of the last call of `look`."""
 
     def __init__(self, hf_model: nn.Module, config: Any, tokenizer: Any) -> None:
         self._hf_model, self._config, self._tokenizer = hf_model, config, tokenizer
@@ -27,7 +27,7 @@ class Live:
 
     @property
     def reading(self) -> HeadReading:
-        """The head, and how to tell whether the model still has it."""
+        """The head, with what is needed to check that the model still has it."""
         assert self._reading is not None
         return self._reading
 
@@ -36,10 +36,10 @@ class Live:
         return self.reading.head
 
     def look(self) -> None:
-        """Refuse a model that cannot be explained as it is now, and read its output head again where it changed.
+        """Check that the model can be explained as it is now, and read its output head again if it changed.
 
         Raises:
-            InputError: it is in training mode, or a module of it that then does something else.
+            InputError: it is in training mode, or one of its modules is whose output depends on the mode.
             UnsupportedModelError: an adapter puts virtual tokens in front, or the head changed into another form.
             StatesError: the head now holds NaN or Inf.
         """
@@ -60,7 +60,7 @@ class Live:
 
 
 def _differs_in_training(module: nn.Module) -> bool:
-    """Whether a module does something else in training mode: batch statistics, or a share of something dropped."""
+    """Whether the output of a module depends on training mode: batch statistics or dropout."""
     if isinstance(module, _NormBase):
         return True
     if isinstance(module, _DropoutNd):
@@ -69,10 +69,10 @@ def _differs_in_training(module: nn.Module) -> bool:
 
 
 def refuse_virtual_tokens(hf_model: nn.Module) -> None:
-    """Refuse adapters of PEFT that put learned tokens in front of what the model reads.
+    """Check that no PEFT adapter puts virtual tokens in front of the prompt.
 
     Raises:
-        UnsupportedModelError: one is active.
+        UnsupportedModelError: one does.
     """
     for wrapper in wrappers_of(hf_model):
         configs = getattr(wrapper, "peft_config", None)
@@ -83,13 +83,13 @@ def refuse_virtual_tokens(hf_model: nn.Module) -> None:
                 kind = getattr(config.peft_type, "value", config.peft_type)
                 raise UnsupportedModelError(
                     f"the adapter {name!r} ({kind}) puts {config.num_virtual_tokens} virtual tokens in front of the prompt, "
-                    "so that the model's states do not stand where its input_ids do; explain the model without it "
+                    "so the model's states do not line up with its input_ids; explain the model without it "
                     "(get_base_model()), or train an adapter of weights, such as LoRA"
                 )
 
 
 def adapters_of(hf_model: nn.Module) -> frozenset[Any]:
-    """Which adapters of PEFT act on the layers of a model, and what their weights are; empty where it has none."""
+    """A fingerprint of the PEFT adapters that are active in the layers of a model and of their weights; empty without any."""
     if not getattr(hf_model, "peft_config", None):
         return frozenset()
     found = set()
@@ -103,9 +103,9 @@ def adapters_of(hf_model: nn.Module) -> frozenset[Any]:
 
 
 def vocabulary_of(tokenizer: Any) -> int | None:
-    """One more than the greatest id of a token, or None where the tokenizer does not tell its tokens.
+    """One more than the largest token id. Where the tokenizer does not list its tokens, its length; None where it has none.
 
-    Not `len(tokenizer)`, which counts tokens: their ids may have gaps.
+    Not `len(tokenizer)` in general: ids may have gaps.
     """
     get_vocab = getattr(tokenizer, "get_vocab", None)
     ids = {int(id) for id in get_vocab().values()} if callable(get_vocab) else set()

@@ -20,7 +20,7 @@ from fastattr.adapters.live import Live
 from fastattr.calibration import Calibration
 from fastattr.errors import InputError, UnsupportedModelError
 from fastattr.storage import read_calibration
-from fastattr.text import decoder_of, special_ids_of
+from fastattr.text import decode_with, special_ids_of
 from fastattr.types import DEFAULT_SCALES, OutputHead
 
 logger = logging.getLogger("fastattr")
@@ -38,7 +38,7 @@ class Model:
         hf_model: the transformers model as it was given; its attention implementation is left alone.
         processor: anything with `apply_chat_template`, `__call__`, `tokenizer` and `batch_decode`.
         config: the model's configuration, inside any PEFT wrapper.
-        live: what may change after `wrap`; brought up to date whenever something is explained.
+        live: what may change after `wrap`; updated before every explanation.
         name: for reports.
         calibration: which evidence is low for this model, found beside its weights; for a wrapped one,
             `dataclasses.replace(model, calibration=...)`.
@@ -54,12 +54,12 @@ class Model:
 
     @property
     def head(self) -> OutputHead:
-        """The output head, proven against the model's own logits when it was last looked at."""
+        """The output head, checked against the model's own logits when it was last read."""
         return self.live.head
 
     @property
     def states(self) -> Sequence[dict[str, Any]]:
-        """Where its modules keep state, for `hooks.undisturbed`."""
+        """The state dicts of its modules, for `hooks.undisturbed`."""
         return self.live.states
 
     @property
@@ -86,11 +86,6 @@ class Model:
         """Ids that stand for pictures and are never said: of images, then of videos."""
         return [self.image_token_id] + ([] if self.video_token_id is None else [self.video_token_id])
 
-    @property
-    def placeholders(self) -> list[str]:
-        """What stands for pictures in a rendered chat."""
-        return self.decode([[id] for id in self.placeholder_ids])
-
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:
         """Ids and texts of tokens that mark something rather than say it, placeholders among them."""
@@ -99,7 +94,7 @@ class Model:
 
     @cached_property
     def marker_ids(self) -> frozenset[int]:
-        """Ids of tokens of a response that are never words: special ones, and those that end it."""
+        """Ids of special tokens and end tokens, which are never words of a response."""
         ends = getattr(getattr(self.hf_model, "generation_config", None), "eos_token_id", None)
         return frozenset((*self.special_tokens, *([ends] if isinstance(ends, int) else ends or ())))
 
@@ -111,13 +106,13 @@ class Model:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """What pictures are shown at where nobody says: one scale where tiles show them finer already, or nothing else can."""
+        """The default scales: 1 alone where pictures are read in tiles or other sizes are not possible, else `DEFAULT_SCALES`."""
         several = self.family.enlarge is not None and not self.family.tiles
         return DEFAULT_SCALES if several else (1.0,)
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Texts of rows of ids, special tokens kept."""
-        return decoder_of(self.processor)(rows)
+        return decode_with(self.processor)(rows)
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.family.name}, {self.head.weight.shape[0]} ids)"
@@ -181,7 +176,7 @@ def wrap(hf_model: nn.Module, processor: Any, *, name: str | None = None) -> Mod
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no `Model`, and what can no longer be explained as it is now; read its head again where it changed.
+    """Check that this is a `Model` that can be explained as it is now, and read its head again if it changed.
 
     Raises:
         InputError: it is not wrapped, or in training mode.
@@ -195,7 +190,7 @@ def check_model(model: Any) -> None:
 
 @contextmanager
 def explaining(model: Model) -> Iterator[None]:
-    """Around everything that explains: the model is checked, and results are plain tensors whatever mode the caller is in.
+    """The context in which everything is explained: checks the model, and turns off gradients and inference mode.
 
     Raises:
         InputError, UnsupportedModelError, StatesError: see `check_model`.
@@ -224,9 +219,9 @@ def load(
         device: where to put it; by default the current GPU if there is one, else the CPU. The choice is logged.
         dtype: weights' dtype; `"auto"` as saved, for the bundled model float32.
         device_map, quantization_config: as in transformers' `from_pretrained`; `device_map` in place of `device`.
-        trust_remote_code: run the Python code that comes with the model, where transformers does not know its kind.
-            Never asked about.
-        revision: a branch, tag or commit of the hub.
+        trust_remote_code: run the Python code that comes with the model, where transformers does not have its class.
+            There is no prompt in the terminal.
+        revision: a branch, tag or commit on the hub.
 
     Raises:
         UnsupportedModelError: the model has a form fastattr cannot explain, or reads no images.
@@ -252,7 +247,7 @@ def load(
         device_map = {"": device} if device_map is None else device_map
     if device_map is not None:
         options["device_map"] = device_map
-    # False, not None, at which transformers asks in the terminal
+    # False rather than None, with which transformers asks in the terminal
     asked: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         asked["revision"] = revision

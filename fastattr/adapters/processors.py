@@ -28,7 +28,7 @@ class Source:
 
     Attributes:
         name: a directory or a hub id.
-        options: of every `from_pretrained`: `trust_remote_code`, `revision`.
+        options: for every `from_pretrained`: `trust_remote_code`, `revision`.
     """
 
     name: str | Path
@@ -106,7 +106,7 @@ class FilmProcessor(ComposedProcessor):
     Attributes:
         style: how the family shows videos.
         limits: pixels of a video, at least and at most.
-        frames_per_second: of videos whose metadata do not say it; 24 is what transformers takes where nobody does.
+        frames_per_second: of videos without that metadata; 24 is the default of transformers.
     """
 
     style: FilmStyle
@@ -176,7 +176,7 @@ def load_processor(name: str | Path, **options: Any) -> Any:
     """The model's own processor, or the two halves joined where torchvision is missing.
 
     Args:
-        options: of `from_pretrained`: `trust_remote_code`, `revision`.
+        options: for `from_pretrained`: `trust_remote_code`, `revision`.
 
     Raises:
         UnsupportedModelError: torchvision is missing and this family's halves cannot be joined.

@@ -155,10 +155,10 @@ def forward(
 
 @contextmanager
 def named_failures(model: Model, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-    """Say what the model was given where its forward fails.
+    """Turn failures of the model's forward into errors that name its inputs.
 
     Raises:
-        StatesError: it fails, but not for want of memory.
+        StatesError: the forward failed, but not for lack of memory.
     """
     try:
         yield

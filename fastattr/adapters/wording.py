@@ -25,7 +25,7 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
     """The conversation with a placeholder for every picture, where the model is about to answer.
 
     Raises:
-        InputError: the processor has no chat template, it refuses the conversation, or it does not read an option.
+        InputError: the processor has no chat template, or the template rejects the conversation or does not read an option.
     """
     left = iter(shown_as)
 
@@ -46,7 +46,7 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
     options = {**({"tools": list(chat.tools)} if chat.tools else {}), **chat.template_options}
     renderer = model.processor
     if not all(accepts(renderer.apply_chat_template, name) for name in options):
-        # somebody's own processor need not take any; where it leaves chats to its tokenizer, that one does
+        # a custom processor may not accept options; if its tokenizer renders the chat, use that
         renderer = renderer.tokenizer if _tokenizer_renders(renderer, messages) else renderer
     try:
         return str(renderer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options))
@@ -55,7 +55,7 @@ def render(model: Model, chat: Chat, shown_as: Sequence[ShownAs]) -> str:
 
 
 def _check_options(model: Model, chat: Chat, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse options that the template would ignore, where its text is known and is what renders the chat."""
+    """Raises `InputError` for options that the template would ignore, where the text of the template is known."""
     given = set(chat.template_options) - {"chat_template"}
     if not given:
         return
@@ -75,7 +75,7 @@ def _check_options(model: Model, chat: Chat, messages: Sequence[Mapping[str, Any
 
 
 def _tokenizer_renders(processor: Any, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a processor leaves chats to its tokenizer: somebody's own may do anything with an option."""
+    """Whether a processor renders chats as its tokenizer does; a custom processor may do something else."""
     try:
         one, other = (
             each.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
@@ -87,13 +87,13 @@ def _tokenizer_renders(processor: Any, messages: Sequence[Mapping[str, Any]]) ->
 
 
 _TEMPLATE_NAMES = ("add_generation_prompt", "documents", "messages", "raise_exception", "strftime_now", "tools")
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers, which marks the answers
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers around answers
 
 
 @lru_cache
 def _variables(template: str) -> frozenset[str] | None:
-    """The names that a chat template reads; None where it is not plain Jinja."""
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # parses alone, so nothing is to be escaped
+    """The variables that a chat template reads; None where it is not plain Jinja."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # only parses, so autoescape does not matter
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template))))
     except TemplateError:
@@ -101,7 +101,7 @@ def _variables(template: str) -> frozenset[str] | None:
 
 
 def template_notes(model: Model, prompt: Prompt) -> tuple[str, ...]:
-    """What a reader must know of how the chat template writes a conversation: what it leaves out or writes otherwise."""
+    """Notes on texts of a conversation that the chat template leaves out or changes."""
     if not isinstance(prompt, Chat):
         return ()
     written = {each.index: each.text for each in _written(model, prompt)}
@@ -109,7 +109,7 @@ def template_notes(model: Model, prompt: Prompt) -> tuple[str, ...]:
     for index, (role, text) in enumerate(zip(prompt.roles, prompt.texts, strict=True)):
         said, read = ("".join(each.split()).casefold() for each in (text, written.get(index, "")))
         if said and not read:
-            notes.append(f"the chat template leaves out what the {role} said, {_short(text)}, so it is no context")
+            notes.append(f"the chat template leaves out what the {role} said, {_short(text)}, so it is not context")
         elif said != read:
             notes.append(
                 f"the chat template writes what the {role} said, {_short(text)}, as {_short(written[index].strip())}; "
@@ -123,11 +123,12 @@ def _short(text: str) -> str:
 
 
 def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence[ImageGroup]) -> tuple[int, ...]:
-    """Positions of the tokens that write what was said, as far as the chat template writes it.
+    """Positions of the tokens of the conversation's texts, as far as the chat template writes them.
 
-    What a text is written as, where the template changes it, tell marks around it. It is looked for between the pictures it was said between. Where its characters stand there more than once, as in
-    a word that the chat template or the processor writes too, the place counts whose surroundings are most like what the
-    template writes around the text. Special tokens are nobody's words.
+    Where the template changes a text, marks around it show what it becomes, see `_written`. A text is searched between
+    the pictures it stands between. Where it occurs there more than once, as for a word that the chat template or the
+    processor also writes, the occurrence is taken whose surroundings are most like what the template writes around the
+    text. Special tokens are left out.
 
     Args:
         input_ids: int `[seq]`.
@@ -158,7 +159,7 @@ def text_positions(model: Model, chat: Chat, input_ids: Tensor, groups: Sequence
         found = None if any(one is None for one in each) else [position for one in each for position in one or ()]
         first = all(ids[at] in special for at in range(stretches[-1][0]))  # the processor put all pictures first
     else:
-        first = True  # how many images a picture was shown as is not known here, or where texts were moved to
+        first = True  # the stretches between pictures are not known, or the template moved texts
     if found is None and first:
         found = _find(model, ids, range(len(ids)), list(texts.values()), special)
     if found is None:
@@ -238,8 +239,8 @@ class _Written:
 
     Attributes:
         index: among the texts of the conversation.
-        text: what the model reads of it.
-        before, behind: what the template writes around it, up to the texts before and behind.
+        text: as the model reads it.
+        before, behind: what the template writes around it, up to the previous and the next text.
     """
 
     index: int
@@ -256,24 +257,21 @@ _ANY_MARK = re.compile("\u2042[0-9]+\u27e6|\u27e7[0-9]+\u2042")
 def _written(model: Model, chat: Chat) -> list[_Written]:
     """The texts of a conversation in the order in which the chat template writes them, without those it leaves out.
 
-    The template is given the conversation twice: with marks in place of the texts, which tell what it writes around
-    them, and with marks around the texts, which tell what becomes of them.
+    The conversation is rendered twice: with marks in place of the texts, which shows what the template writes around
+    them, and with marks around the texts, which shows what it makes of them.
 
     Raises:
-        TokenLayoutError: it leaves out what the user said.
+        TokenLayoutError: the template leaves out a text of the user.
     """
     marks = [(_BEGIN.format(i), _END.format(i)) for i in range(len(chat.texts))]
     around = _render_texts(model, chat, [begin + end for begin, end in marks])
     marked = _render_texts(
         model, chat, [begin + text + end for (begin, end), text in zip(marks, chat.texts, strict=True)]
     )
-    places = list(_PLACE.finditer(around))
-    order = list(dict.fromkeys(int(match[1]) for match in places))
-    ends = zip(
-        [0, *(match.end() for match in places)], [*(match.start() for match in places), len(around)], strict=True
-    )
-    between = [around[stop:start] for stop, start in ends]
-    if len(places) != len(order):  # a template that writes texts twice
+    pieces = _PLACE.split(around)  # what stands around the marks, and their indices, in turn
+    between, indices = pieces[::2], [int(index) for index in pieces[1::2]]
+    order = list(dict.fromkeys(indices))
+    if len(indices) != len(order):  # a template that writes texts twice
         between = [""] * (len(order) + 1)
     found = []
     for place, index in enumerate(order):
@@ -295,7 +293,11 @@ def _written(model: Model, chat: Chat) -> list[_Written]:
 
 
 def _between_marks(marked: str, begin: str, end: str, before: str, behind: str) -> str | None:
-    """What stands between two marks; where one is gone, from or up to what the template writes; None where both are."""
+    """The text between two marks.
+
+    Where the template dropped one mark, the text is cut at what the template writes `before` or `behind` it; None where
+    it dropped both.
+    """
     first, last = marked.find(begin), marked.find(end)
     if first < 0 and last < 0:
         return None
@@ -327,12 +329,12 @@ def _render_texts(model: Model, chat: Chat, texts: Sequence[str]) -> str:
     except InputError:
         if chat.template_options:
             raise
-        # no template: a captured chat was written by hand
+        # no chat template: the prompt of a captured response was written by hand
         return "".join(texts)
 
 
 def _read(model: Model, written: Sequence[_Written], special: Mapping[int, str]) -> list[_Text]:
-    """Texts and what stands around them as the tokenizer reads them, without special tokens and white space."""
+    """Texts as the tokenizer decodes them, and their surroundings, without special tokens and white space."""
     nothing = re.compile("|".join([r"\s+", *(re.escape(token) for token in sorted(special.values(), key=len)[::-1])]))
     tokenizer = model.processor.tokenizer  # which may normalise, or lack a character
     read = model.decode([tokenizer(each.text, add_special_tokens=False)["input_ids"] for each in written])

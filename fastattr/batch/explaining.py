@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import gc
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from fastattr.adapters import check_model, load
-from fastattr.batch.sources import Row, read_image
+from fastattr.batch.reach import MAX_ROW_BYTES, Reach, read
+from fastattr.batch.sources import Row
 from fastattr.chat import text_of
-from fastattr.errors import BackendError, FastattrError, InputError, UnsupportedModelError
+from fastattr.errors import BackendError, FastattrError, ImageError, InputError, UnsupportedModelError
 from fastattr.images import count_pixels
 from fastattr.pipeline import attribute_batch
 from fastattr.types import Attribution, AttributionConfig
@@ -60,13 +61,13 @@ def load_model(name: str, device: str | None, dtype: str = "auto", *, trust_remo
     try:
         place = None if device is None else torch.device(device)
         if place is not None and place.type == "cuda" and place.index is not None:
-            torch.cuda.set_device(place)  # what allocates without naming a device uses it too
+            torch.cuda.set_device(place)  # also for allocations that name no device
         if ":" not in name or Path(name).exists():
             return load(name, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         if dtype != "auto" or trust_remote_code:
             raise InputError(
-                f"the model {name!r} is a function, which loads what it will; dtype and trust_remote_code are for names that "
-                "fastattr.load takes"
+                f"the model {name!r} is a function, which loads the model itself; dtype and trust_remote_code apply only to "
+                "names that fastattr.load takes"
             )
         model = pkgutil.resolve_name(name)(device)
         check_model(model)
@@ -80,10 +81,17 @@ def load_model(name: str, device: str | None, dtype: str = "auto", *, trust_remo
         ) from error
 
 
-def get_ready(row: Row, storage_options: Mapping[str, Any] | None = None) -> Ready:
-    """Read the images. Raises `ImageError`."""
-    images = tuple(read_image(image, storage_options) for image in row.images)
-    return Ready(row, images, sum(_pixels(data, named) for data, named in zip(images, row.images, strict=True)))
+def get_ready(row: Row, reach: Reach) -> Ready:
+    """Read the images, of which one row may have `MAX_ROW_BYTES`. Raises `ImageError`."""
+    images: list[bytes] = []
+    left_bytes = MAX_ROW_BYTES
+    for image in row.images:
+        data = image if isinstance(image, bytes) else read(image, reach, left_bytes)
+        left_bytes -= len(data)
+        if left_bytes < 0:
+            raise ImageError(f"the pictures of the row are more than {MAX_ROW_BYTES >> 20} MiB; make them smaller")
+        images.append(data)
+    return Ready(row, tuple(images), sum(_pixels(data, named) for data, named in zip(images, row.images, strict=True)))
 
 
 def explain_rows(

@@ -39,8 +39,8 @@ class _Worker:
     Attributes:
         task: what it was given; None while it waits.
         started: whether it has a model and has begun with a shard.
-        at: the rows it said it would do next.
-        failed: rows of its shard, as far as it said.
+        at: the rows it reported as next.
+        failed: the failed rows of its shard that it has reported.
     """
 
     process: BaseProcess

@@ -35,7 +35,7 @@ class Failure:
     """A row that was not explained.
 
     Attributes:
-        id: the caller's; None where the row has none of use.
+        id: the caller's; None where the row has no valid one.
         row: file and row in words.
         error_type: name of the exception, or `crashed` where the row ended the process that explained it.
         attempt: how many workers had tried the shard, this one included.
@@ -50,10 +50,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why rows failed: errors that differ in nothing but names and numbers.
+    """Why rows failed. Errors that differ only in names and numbers count as one reason.
 
     Attributes:
-        count: of the rows.
+        count: number of rows.
         example: one of them.
     """
 
@@ -62,7 +62,7 @@ class Reason:
 
 
 def reasons_of(failures: Iterable[Failure]) -> tuple[Reason, ...]:
-    """The most frequent first; of equally frequent ones the first to occur."""
+    """The reasons, most frequent first; among equally frequent ones in order of occurrence."""
     alike: dict[tuple[str, str], list[Any]] = {}
     for each in failures:
         counted = alike.setdefault((each.error_type, _NAMES.sub("", each.error)), [0, each])
@@ -128,7 +128,7 @@ class Output:
         return frozenset(int(match[1]) for name in names if (match := _FAILURES.fullmatch(name)))
 
     def check_writable(self) -> None:
-        """Find out before the work whether a local folder can be made and written to. Raises `SaveError`."""
+        """Raises `SaveError` where the output is a local folder that cannot be created or written to."""
         if not self.destination.is_local:
             return
         there = Path(self.url).absolute()

@@ -51,8 +51,8 @@ class Plan:
 
     Attributes:
         day: on which it was made; parts lie in its folder.
-        dtype: of its weights, as `fastattr.load` takes it.
         model: a name that `fastattr.load` knows, or `package.module:function`, which is called with the device.
+        dtype: of the model's weights, as for `fastattr.load`.
         max_new_tokens: longest answer of a row without a response.
         images: as of `LogConfig`.
         shard_rows: most rows of a shard.
@@ -108,7 +108,7 @@ class Plan:
     def id(self) -> str:
         """12 hex digits, of everything but the day and where the inputs lie."""
         choices = self.choices()
-        if self.dtype == "auto":  # as before it could be chosen
+        if self.dtype == "auto":  # left out, so that plans of versions without dtype keep their id
             del choices["dtype"]
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -118,7 +118,7 @@ class Plan:
             {"name": each.name, "rows": each.n_rows, "bytes": each.n_bytes, "ids": each.ids} for each in self.inputs
         ]
         values = {name: value for name, value in asdict(self).items() if name not in ("day", "inputs")}
-        # as earlier versions wrote them, so that their batches can be gone on with
+        # in the form earlier versions wrote, so that their batches can be continued
         open_choices = {"scales": self.attribution.scales or (), "top_k": self.attribution.known_top_k}
         values["attribution"] = {**values["attribution"], **open_choices}
         return json.loads(json.dumps({**values, "inputs": inputs}))

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from fastattr.adapters import hide_loading_bars
 from fastattr.batch.explaining import Ready, backing_off, explain_rows, get_ready, load_model
+from fastattr.batch.reach import AllowUrls, reach_of
 from fastattr.batch.shards import make_envelope, to_record
 from fastattr.batch.sources import Fields, to_row
 from fastattr.config import AnyConfig, configure
@@ -36,10 +37,13 @@ class RayExplainer:
     Args:
         model: what `fastattr.load` takes, or `package.module:function`, called with the device.
         attribution: an `AttributionConfig`, the name of one, or a mapping of options; `arc` by default.
-        fields: which column holds what. Paths of images are taken as they are.
+        fields: which column holds what.
         content, images: what records keep, as of `LogConfig`.
         device: of the model; `cuda` where the actors have a GPU each.
-        input_options: for fsspec, of images that are URLs.
+        folder: where images that are named by a path lie, a path or a URL; without it rows hold their images, or name
+            URLs of `allow_urls`.
+        input_options: for fsspec, of the store the folder is in.
+        allow_urls: what else rows may name, as of `run`.
     """
 
     def __init__(
@@ -52,13 +56,15 @@ class RayExplainer:
         images: Images = "hash",
         max_new_tokens: int = 256,
         device: str | None = None,
+        folder: str | None = None,
         input_options: Mapping[str, Any] | None = None,
+        allow_urls: AllowUrls = (),
     ) -> None:
         hide_loading_bars()
         self._attribution = configure(attribution)
         self._fields = Fields() if fields is None else fields
         self._content, self._images, self._max_new_tokens = content, images, max_new_tokens
-        self._input_options = input_options
+        self._reach = reach_of(folder, input_options, allow_urls)
         self._writer, self._sequence = uuid4().hex[:16], 0
         self._model = load_model(model, device)
 
@@ -71,11 +77,8 @@ class RayExplainer:
         for number, (row, id) in enumerate(zip(rows, ids, strict=True)):
             try:
                 place = f"row {number} of its batch"
-                ready.append(
-                    get_ready(
-                        to_row(row, self._fields, number=number, id=id, place=place, base=""), self._input_options
-                    )
-                )
+                read = to_row(row, self._fields, number=number, id=id, place=place, reach=self._reach)
+                ready.append(get_ready(read, self._reach))
             except Exception as error:  # a column may hold anything
                 results[number] = error
         for each, result in backing_off(sorted(ready, key=lambda each: each.size), self._explain):

@@ -150,16 +150,13 @@ class _Journal:
 
     def step(self, shard: int, rows: tuple[int, ...], done: int, failed: tuple[Failure, ...]) -> bool:
         """Returns whether to stop."""
-        earlier = self._said[shard][2] if done and shard in self._said else ()  # none is done: another attempt
-        self._said[shard] = (
-            rows,
-            done,
-            tuple(dict.fromkeys(earlier + failed)),
-        )  # a call that is tried again adds nothing
+        earlier = self._said[shard][2] if done and shard in self._said else ()  # with no rows done, a new attempt
+        known = tuple(dict.fromkeys(earlier + failed))  # a retried call adds nothing
+        self._said[shard] = (rows, done, known)
         return self._stopped
 
     def at(self, shard: int) -> tuple[int, ...]:
-        """The rows that a worker was at; it is gone by now."""
+        """The rows that a worker, which has died, was working on."""
         return self._said.pop(shard, ((), 0, ()))[0]
 
     def underway(self) -> list[tuple[int, int, tuple[Failure, ...]]]:

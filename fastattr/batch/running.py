@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from fastattr.batch import local
 from fastattr.batch.output import Failure, Reason, open_output, reasons_of
 from fastattr.batch.plan import Plan, settle, shard_of
+from fastattr.batch.reach import AllowUrls, reach_of
 from fastattr.batch.shards import Job, ShardResult, Task, Underway
 from fastattr.batch.sources import Fields, find_inputs, litter_in_folders, scan
 from fastattr.config import AnyConfig, configure
@@ -60,11 +61,11 @@ class Summary:
     Attributes:
         outcome: `done`, or what ended it before: `stopped` from outside, or `too_many_failures`.
         written: rows with a record.
-        failed: rows without one, told in `failed/`. In a batch that was given up, rows of the shards it was at are among
-            them: the same call tries those again.
+        failed: rows without one, listed in `failed/`. In a batch that was given up they include rows of unfinished
+            shards, which the same call tries again.
         left: all other rows; `total` is `written + failed + left`.
-        earlier: rows, of those written and failed, that were done before this run.
-        litter: files of macOS or Windows (`._x`, `.DS_Store`, `Thumbs.db`) in the inputs, which were skipped.
+        earlier: rows among those written and failed that were done before this run.
+        litter: number of files of macOS or Windows (`._x`, `.DS_Store`, `Thumbs.db`) in the inputs, which were skipped.
         reasons: why rows failed, the most frequent first.
     """
 
@@ -100,6 +101,7 @@ def run(
     trust_remote_code: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     input_options: Mapping[str, Any] | None = None,
+    allow_urls: AllowUrls = (),
     engine: Engine = local.run,
     stop: threading.Event | None = None,
     tell: Tell = lambda progress: None,
@@ -116,14 +118,18 @@ def run(
         attribution: an `AttributionConfig`, the name of one, or a mapping of options; `arc` by default.
         content, images: what records keep, as of `LogConfig`.
         max_error_rate: share of failed rows above which the batch is given up; see `Summary.outcome`.
-        dtype, trust_remote_code: as of `fastattr.load`.
         device: of the models; by default a GPU for each worker where there are some, else the CPU.
-        storage_options, input_options: for fsspec, of the output and of inputs and images.
+        dtype, trust_remote_code: as for `fastattr.load`.
+        storage_options, input_options: for fsspec, of the output and of the inputs; images in the store of their input
+            are read with the same.
+        allow_urls: what rows may name besides files in the folder of their input and URLs of its store: beginnings of
+            URLs, such as `https://images.example.org/`, `s3://bucket/pictures/` or `file:///data/pictures/`. A mapping
+            gives each its options for fsspec.
         stop: ends the batch soon after it is set.
 
     Raises:
-        DatasetError: an input cannot be read, none of its first rows has a field that every row needs, or most rows have
-            an id that an earlier row has.
+        DatasetError: an input cannot be read, none of its first rows has a field that every row needs, or most rows repeat the
+            id of an earlier row.
         InputError: an option is out of range.
         SaveError: `out` cannot be written, or holds another batch.
         FastattrError: the model cannot be explained, or workers die and no row is to blame.
@@ -132,6 +138,7 @@ def run(
         raise InputError(f"max_error_rate is {max_error_rate!r}, expected a share from 0 (none) to 1 (all)")
     names = [inputs] if isinstance(inputs, str | Path) else inputs
     fields = Fields() if fields is None else fields
+    allowed = {url: dict(options) for url, options in reach_of(None, None, allow_urls).allowed.items()}
     output = open_output(str(out), storage_options)
     plan = Plan(
         day=datetime.now(timezone.utc).date(),
@@ -158,7 +165,9 @@ def run(
             for each in sorted(output.shards_with_failures() & earlier.keys())
             for failure in output.read_failures(each)
         ]
-        job = Job(plan, str(out), device, dict(storage_options or {}), dict(input_options or {}), trust_remote_code)
+        job = Job(
+            plan, str(out), device, dict(storage_options or {}), dict(input_options or {}), trust_remote_code, allowed
+        )
         tasks = [Task(shard) for shard in shards if shard.number not in earlier]
         done = sum(earlier.values())
         count = _Count(Progress(plan.n_rows, done, len(failures), done, len(shards), len(earlier)))
@@ -175,7 +184,7 @@ def run(
                         break
         too_many = _too_many(count.progress, max_error_rate)
         unpublished = count.unpublished if too_many else {}
-        for shard, failed in unpublished.items():  # so that every reason is in a file
+        for shard, failed in unpublished.items():  # so that every failure is in a file
             output.write_failures(shard, failed)
             failures += failed
     left = plan.n_rows - count.published.done - sum(map(len, unpublished.values()))
@@ -213,7 +222,7 @@ class _Count:
 
     @property
     def unpublished(self) -> dict[int, list[Failure]]:
-        """What failed in shards that are under way."""
+        """Failures by unfinished shard."""
         return {shard: list(each.failed) for shard, each in self._underway.items() if each.failed}
 
     @property

@@ -16,6 +16,7 @@ import pyarrow as pa
 from fastattr.batch.explaining import OUT_OF_MEMORY, Ready, backing_off, explain_rows, get_ready, load_model
 from fastattr.batch.output import Failure, Output
 from fastattr.batch.plan import Plan, Shard, writer_of
+from fastattr.batch.reach import Reach, reach_of
 from fastattr.batch.sources import Fault, Row, read_rows
 from fastattr.errors import FastattrError
 from fastattr.log.config import Images
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 CRASHED = "crashed"
 MAX_DEATHS = 3  # of workers on one shard, without a row to blame
 WINDOW_ROWS = 64  # whose images are in memory
-LONGEST_ERROR = 2000  # characters
+LONGEST_ERROR = 2000  # characters kept of a message
 
-# told the rows that come next, how many are done, and what has failed since it was told before; may raise `Stopped`
+# called with the rows that come next, the number of rows done, and the failures since the last call; may raise `Stopped`
 Step = Callable[[Sequence[int], int, Sequence[Failure]], None]
 
 
@@ -47,8 +48,9 @@ class Job:
     Attributes:
         device: for the model; None lets `fastattr.load` choose.
         storage_options: of the output.
-        input_options: of inputs and images that are URLs.
-        trust_remote_code: as of `fastattr.load`.
+        input_options: of inputs, and of images in the store of their input.
+        allow_urls: what else rows may name, see `reach.reach_of`.
+        trust_remote_code: as for `fastattr.load`.
     """
 
     plan: Plan
@@ -57,6 +59,7 @@ class Job:
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)  # credentials
     input_options: dict[str, Any] = field(default_factory=dict, repr=False)
     trust_remote_code: bool = False
+    allow_urls: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     def load_model(self) -> Model:
         """The model of the plan, on the worker's device. Raises as `explaining.load_model` does."""
@@ -112,11 +115,11 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Underway:
-    """How far a worker is with a shard.
+    """Progress of a worker on a shard.
 
     Attributes:
-        done: how many rows.
-        failed: those among them that failed, all of this attempt.
+        done: number of rows.
+        failed: the failed ones among them, of this attempt.
     """
 
     shard: int
@@ -165,8 +168,9 @@ def run_shard(
             for each, why in zip(rows, explained, strict=True)
         ]
 
+    reach = reach_of(plan.inputs[shard.input].folder, job.input_options, job.allow_urls)
     telling(())
-    for window in _windows(job, task):
+    for window in _windows(job, task, reach):
         ready = []
         for row in window:
             if isinstance(row, Fault):
@@ -176,10 +180,10 @@ def run_shard(
             else:
                 telling((row.number,))
                 try:
-                    ready.append(get_ready(row, job.input_options))
+                    ready.append(get_ready(row, reach))
                 except OUT_OF_MEMORY:
                     raise
-                except Exception as error:  # a decoder may raise anything
+                except Exception as error:  # of a decoder or a file system
                     fail(row, type(error).__name__, str(error))
         for each, record in backing_off(sorted(ready, key=lambda each: each.size), explain):
             if isinstance(record, Exception):
@@ -192,20 +196,22 @@ def run_shard(
     return ShardResult(shard.number, len(records), len(failures))
 
 
-def _windows(job: Job, task: Task) -> Iterator[list[Row | Fault]]:
+def _windows(job: Job, task: Task, reach: Reach) -> Iterator[list[Row | Fault]]:
     """The suspects one by one, then the others."""
-    suspects = (row for row in _rows(job, task.shard) if row.number in task.suspects) if task.suspects else iter(())
+    suspects = (
+        (row for row in _rows(job, task.shard, reach) if row.number in task.suspects) if task.suspects else iter(())
+    )
     for row in suspects:
         yield [row]
-    others = (row for row in _rows(job, task.shard) if row.number not in task.suspects)
+    others = (row for row in _rows(job, task.shard, reach) if row.number not in task.suspects)
     while window := list(islice(others, WINDOW_ROWS)):
         yield window
 
 
-def _rows(job: Job, shard: Shard) -> Iterator[Row | Fault]:
+def _rows(job: Job, shard: Shard, reach: Reach) -> Iterator[Row | Fault]:
     source = job.plan.inputs[shard.input]
     return read_rows(
-        source, shard.start, shard.stop, shard.offset, shard.first, job.plan.fields, job.input_options or None
+        source, shard.start, shard.stop, shard.offset, shard.first, job.plan.fields, job.input_options or None, reach
     )
 
 

@@ -1,8 +1,8 @@
-"""Rows of Parquet, JSON lines and WebDataset shards: found in one pass before the work, read again where they are explained.
+"""Rows of Parquet, JSON lines and WebDataset shards: listed in one pass before the work, read again to be explained.
 
-Whatever is wrong with a row is a fault of that row alone: a line that is not JSON, an id that is missing or that an
-earlier row has, a field of a wrong type. A file is refused, before any work, where it cannot be read as what it is, or
-where a field is missing in all of its first rows: that is a field with another name, or a wrong file.
+What is wrong with one row makes that row alone fail: a line that is not JSON, an id that is missing or repeated, a field
+of the wrong type. A file is refused before any work where it cannot be read in its format, or where a field is missing
+in all of its first rows: then the field has another name, or it is the wrong file.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from typing import Any, BinaryIO, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
+from fastattr.batch.reach import MAX_ROW_BYTES, Reach, local_path, locate, open_regular, reach_of
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import DatasetError, ImageError, InputError
 from fastattr.log.record import check_request_id
@@ -39,7 +38,7 @@ FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".parquet": "parquet", ".tar
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "mp4", "webm", "mkv", "mov", "avi")
 
 _ROWS_AT_ONCE = 64  # of Parquet, decoded together
-_FIRST_ROWS = 1000  # a field that none of them has is missing, or has another name
+_FIRST_ROWS = 1000  # that are checked for the fields every row needs
 _SHOWN_FIELDS = 40
 
 
@@ -47,14 +46,15 @@ _SHOWN_FIELDS = 40
 class Fields:
     """Which field of a row holds what.
 
-    Read beside them are `images` (a list), `messages`, `response_ids`, and `template_options` of the chat template (an
-    object, or its JSON as text).
+    The fields `images` (a list), `messages`, `response_ids` and `template_options` (an object, or its JSON as text) are
+    read too.
 
     Attributes:
-        id: a string or a whole number, not twice in all inputs: only the first row of an id is explained. Of a WebDataset
-            sample its key.
-        image: a path from the input file, a URL that fsspec knows, a `data:` URL, bytes, or a mapping with `bytes`,
-            `base64` or `path`. Left out where the parts of the messages hold their pictures.
+        id: a string or a whole number, unique in all inputs: of rows with the same id only the first is explained. For a
+            WebDataset sample its key.
+        image: a path within the folder of the input file, a URL of its store or of those that are allowed (see `reach`),
+            a `data:` URL, bytes, or a mapping with `bytes`, `base64` or `path`. Not needed where the parts of the
+            messages hold the pictures.
         prompt: the user's text.
         response: text or token ids; where it is missing the model answers.
     """
@@ -87,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that cannot be read: its number, id and place, and why. The id is None where the row has none of use."""
+    """A row that cannot be read: its number, id and place, and why. The id is None where the row has no valid one."""
 
     number: int
     id: str | None
@@ -105,8 +105,8 @@ class Input:
         n_bytes: of the file.
         ids: SHA-256 of all their ids, in order; a row without one counts as an empty id.
         offsets: in bytes, where each shard of it begins; 0 where the format finds rows by number.
-        n_litter: files in it that macOS or Windows left there, which are skipped.
-        repeats: rows whose id an earlier row has, of this or another file, each with the place of that row.
+        n_litter: number of files of macOS or Windows in it, which are skipped.
+        repeats: rows that repeat the id of an earlier row, of this or another file, each with the place of that row.
     """
 
     path: str
@@ -120,6 +120,11 @@ class Input:
     @property
     def name(self) -> str:
         return _name(self.path)
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, a path or a URL."""
+        return _folder(self.path)
 
     def place(self, row: int) -> str:
         """In words; `row` counts from 0."""
@@ -149,7 +154,10 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
                     raise DatasetError(f"{name!r} holds no file that ends in {', '.join(FORMATS)}")
                 found += [system.unstrip_protocol(each) if "://" in name else each for each in inside]
             elif _suffix(name) == ".json":
-                found += _shards_of_index(name, system.cat_file(path))
+                with _opened(name, storage_options) as (file, n_bytes):
+                    if n_bytes > MAX_ROW_BYTES:
+                        raise DatasetError(f"{name!r} is larger than {MAX_ROW_BYTES >> 20} MiB, which is no index")
+                    found += _shards_of_index(name, file.read(MAX_ROW_BYTES))
             elif _suffix(name) in FORMATS:
                 found.append(name if "://" in name else path)
             else:
@@ -163,7 +171,7 @@ def find_inputs(inputs: Sequence[str], storage_options: Mapping[str, Any] | None
 
 
 def litter_in_folders(inputs: Sequence[str], storage_options: Mapping[str, Any] | None = None) -> int:
-    """How many files of the inputs' folders `find_inputs` skips, because macOS or Windows left them there."""
+    """Number of files of macOS or Windows in the inputs' folders, which `find_inputs` skips. Raises `DatasetError`."""
     found = 0
     for name in inputs:
         with _reading(name):
@@ -188,10 +196,10 @@ def scan(
 
     Raises:
         DatasetError: a file cannot be read, none of its first rows has a field that every row needs, or more than half of
-            all ids are there before.
+            all rows repeat the id of an earlier row.
     """
     inputs: list[Input] = []
-    hashes: list[np.ndarray] = []  # of the ids, 8 bytes a row; 0 for a row without one
+    hashes: list[np.ndarray] = []  # 8 bytes of hash per row; 0 for a row without an id
     left = limit
     for path in paths:
         if left is not None and left <= 0:
@@ -218,7 +226,7 @@ def scan(
 def _with_repeats(
     inputs: Sequence[Input], hashes: np.ndarray, fields: Fields, storage_options: Mapping[str, Any] | None
 ) -> tuple[Input, ...]:
-    """The inputs with their `repeats`: rows whose hashes meet are read once more, and their ids compared themselves."""
+    """The inputs with their `repeats`. Rows with equal hashes are read again and their ids compared. Raises `DatasetError`."""
     values, counts = np.unique(hashes[hashes > 0], return_counts=True)
     suspects = np.isin(hashes, values[counts > 1])
     if not suspects.any():
@@ -239,8 +247,8 @@ def _with_repeats(
         n_repeats += len(repeats)
         if 2 * n_repeats > len(hashes):
             raise DatasetError(
-                f"more than half of the {len(hashes)} rows have an id that an earlier row has: {each.place(repeats[-1][0])} "
-                f"that of {repeats[-1][1]}; is {fields.id!r} the field that names a row?"
+                f"more than half of the {len(hashes)} rows repeat the id of an earlier row: {each.place(repeats[-1][0])} "
+                f"that of {repeats[-1][1]}; is {fields.id!r} the field that identifies a row?"
             )
         found.append(replace(each, repeats=tuple(repeats)))
     return tuple(found)
@@ -256,9 +264,9 @@ class _Entry(NamedTuple):
     """A row as the first pass sees it.
 
     Attributes:
-        offset: in bytes, where it begins, or 0.
-        id: or what is wrong with it.
-        fields: that it has.
+        offset: where it begins, in bytes; 0 where the format finds rows by number.
+        id: of the row, or why the row is broken.
+        fields: names of the fields it has.
     """
 
     offset: int
@@ -267,10 +275,10 @@ class _Entry(NamedTuple):
 
 
 def _checked(path: str, entries: Iterator[_Entry], fields: Fields) -> Iterator[tuple[int, str | None]]:
-    """Offsets and ids, once the first rows are known to have the fields that every row needs.
+    """Offsets and ids, after the first rows were checked for the fields that every row needs.
 
     Raises:
-        DatasetError: a field is in none of the first rows.
+        DatasetError: none of the first rows can be read, or has a field that every row needs.
     """
     first = list(islice(entries, _FIRST_ROWS))
     held = frozenset[str]().union(*(entry.fields for entry in first))
@@ -278,15 +286,15 @@ def _checked(path: str, entries: Iterator[_Entry], fields: Fields) -> Iterator[t
         reason = next(entry.id.error for entry in first if isinstance(entry.id, _Broken))
         raise DatasetError(f"none of the first {len(first)} rows of {_name(path)!r} can be read: {reason}")
     needed = [(fields.id,), (fields.image, "images"), (fields.prompt, "messages")]
-    if fields.response != Fields.response:  # where it is not named, the model may be meant to answer
+    if fields.response != Fields.response:  # with the default name the field may be absent: the model answers
         needed.append((fields.response, "response_ids"))
     for names in needed if first else ():
-        if names == (fields.image, "images") and "messages" in held:  # whose parts may hold them
+        if names == (fields.image, "images") and "messages" in held:  # whose parts may hold the images
             continue
         if held.isdisjoint(names):
             raise DatasetError(
                 f"none of the first {len(first)} rows of {_name(path)!r} has {' or '.join(map(repr, names))}; they have "
-                f"{', '.join(sorted(held)[:_SHOWN_FIELDS])}. Name the right one"
+                f"{', '.join(sorted(held)[:_SHOWN_FIELDS])}; name the right field"
             )
     for entry in chain(first, entries):
         yield entry.offset, None if isinstance(entry.id, _Broken) else entry.id
@@ -314,7 +322,7 @@ def _keys(values: Mapping[str, Any] | _Broken) -> Set[str]:
 
 
 def _parts(members: Sequence[tarfile.TarInfo], fields: Fields) -> Set[str]:
-    """Which fields the files of a sample are; a JSON file may hold any."""
+    """The fields that the files of a sample provide; a JSON file may hold any."""
     parts = {_key(member.name)[1].lower() for member in members}
     held = {fields.id, *(part.removesuffix(".txt") for part in parts)}
     if "json" in parts:
@@ -329,7 +337,7 @@ def _check_id(id: Any, field: str, place: str) -> str | _Broken:
         return _Broken(DatasetError(f"{place} has {_short(id)} as its {field!r}, expected a string or a whole number"))
     try:
         return check_request_id(str(id))
-    except (InputError, ValueError) as error:  # a ValueError where a number has thousands of digits
+    except (InputError, ValueError) as error:  # ValueError: a number with thousands of digits
         return _Broken(DatasetError(f"{place}: {error}"))
 
 
@@ -344,18 +352,21 @@ def read_rows(
     first: int,
     fields: Fields,
     storage_options: Mapping[str, Any] | None = None,
+    reach: Reach | None = None,
 ) -> Iterator[Row | Fault]:
     """Rows `start` to `stop` of a file; images stay where they are, unless they lie in the file itself.
 
     Args:
         offset: in bytes, where row `start` begins.
         first: the number of row `start` among all rows of the plan.
+        reach: what rows may name; by default the folder and the store of the file.
 
     Raises:
         DatasetError: the file cannot be read, or is not the one that was scanned.
     """
     n = stop - start
     repeats = dict(source.repeats)
+    reach = reach_of(source.folder, storage_options) if reach is None else reach
     with _opened(source.path, storage_options) as (file, _):
         raw: Iterator[Mapping[str, Any] | _Broken]
         if _format(source.path) == "jsonl":
@@ -377,12 +388,12 @@ def read_rows(
                 yield Fault(number, None, place, id.error)
                 continue
             if row in repeats:
-                yield Fault(number, id, place, DatasetError(f"the id {id!r} is that of {repeats[row]} already"))
+                yield Fault(number, id, place, DatasetError(f"the id {id!r} is already that of {repeats[row]}"))
                 continue
             try:
                 if _format(source.path) == "tar":
                     values = _read_parts(values, ("json", fields.prompt, fields.response))
-                yield to_row(values, fields, number=number, id=id, place=place, base=_folder(source.path))
+                yield to_row(values, fields, number=number, id=id, place=place, reach=reach)
             except Exception as error:  # a field may hold anything, however deep and large
                 yield Fault(number, id, place, error)
         if count < n:
@@ -391,14 +402,15 @@ def read_rows(
             )
 
 
-def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, place: str, base: str) -> Row:
+def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, place: str, reach: Reach) -> Row:
     """A row from its fields.
 
     Args:
-        base: folder or URL that paths of images start from; empty for paths as they are.
+        reach: which images it may name.
 
     Raises:
         InputError: a field is missing, there twice under two names, or of a wrong type; the message names it.
+        ImageError: it names an image that it may not.
     """
     image, images = values.get(fields.image), values.get("images")
     prompt, messages = values.get(fields.prompt), values.get("messages")
@@ -408,7 +420,7 @@ def to_row(values: Mapping[str, Any], fields: Fields, *, number: int, id: str, p
         raise InputError(_choice(values, fields.image, "images"))
     if images is not None and (not isinstance(images, list | tuple | np.ndarray) or len(images) == 0):
         raise InputError(f"images is {_short(images)}, expected a list of at least one")
-    pictures = tuple(_image(each, base) for each in ([image] if images is None else images))
+    pictures = tuple(_image(each, reach) for each in ([image] if images is None else images))
     if (prompt is None) == (messages is None):
         raise InputError(_choice(values, fields.prompt, "messages"))
     if messages is not None:
@@ -432,25 +444,14 @@ def _template_options(value: Any) -> Mapping[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"template_options is {_short(value)}, which is no JSON: {error}") from error
+            raise InputError(f"template_options is {_short(value)}, which is not JSON: {error}") from error
     if value is not None and not isinstance(value, Mapping):
         raise InputError(f"template_options is {_short(value)}, expected an object")
-    # a column of structs names every option in every row
+    # a Parquet column of structs holds every option in every row, None where it is not set
     return {name: each for name, each in (value or {}).items() if each is not None}
 
 
-def read_image(image: bytes | str, storage_options: Mapping[str, Any] | None = None) -> bytes:
-    """The encoded bytes of an image. Raises `ImageError`."""
-    if isinstance(image, bytes):
-        return image
-    try:
-        with fsspec.open(image, "rb", **_options(image, storage_options)) as file:
-            return file.read()
-    except Exception as error:  # each store has errors of its own
-        raise ImageError(f"image {image[:200]!r} cannot be read: {_reason(error)}") from error
-
-
-def _image(value: Any, base: str) -> bytes | str:
+def _image(value: Any, reach: Reach) -> bytes | str:
     if isinstance(value, Mapping):  # as the Image feature of Hugging Face datasets is stored, or base64 in JSON
         given = {name: each for name, each in value.items() if each is not None}
         if "bytes" in given:
@@ -465,16 +466,12 @@ def _image(value: Any, base: str) -> bytes | str:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(f"the image is {_short(value)}, expected a path, a URL or bytes")
-    if value.startswith("file://"):  # as parts of messages name files
-        value = unquote(urlsplit(value).path)
-    if value.startswith("data:"):
+    if value[:5].lower() == "data:":
         head, comma, body = value.partition(",")
-        if not comma or not head.endswith(";base64"):
+        if not comma or not head.lower().endswith(";base64"):
             raise InputError(f"the image is {_short(value)}, expected data:image/png;base64,... or a path")
         return _decode(body)
-    if "://" in value or value.startswith("/") or not base:
-        return value
-    return f"{base}/{value}"
+    return locate(value, reach)
 
 
 def _decode(text: Any) -> bytes:
@@ -511,7 +508,7 @@ def _choice(values: Mapping[str, Any], one: str, other: str) -> str:
 
 
 def _json_rows(name: str, file: BinaryIO, row: int) -> Iterator[tuple[int, Mapping[str, Any] | _Broken]]:
-    """Every line from here on with the bytes before it; `row` is the number of the first. Empty lines at the end are none."""
+    """Every line from here on with its offset in bytes; `row` is the number of the first. Trailing empty lines are skipped."""
     offset = file.tell()
     empty: list[int] = []  # their offsets, until another line follows
     for line in file:
@@ -548,7 +545,7 @@ def _parquet_ids(file: BinaryIO, field: str) -> Iterator[tuple[int, Any, Set[str
 
 
 def _plain_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | _Broken]:
-    """Rows as Python has them; one that cannot be said in Python, such as text that is not UTF-8, spoils no other."""
+    """Rows as Python values. A row that cannot be converted, such as text that is not UTF-8, does not affect the others."""
     try:
         yield from batch.to_pylist()
         return
@@ -618,7 +615,7 @@ def _sample_rows(file: BinaryIO, fields: Fields) -> Iterator[Mapping[str, Any]]:
 
 
 def _read_parts(values: Mapping[str, Any], parts: Sequence[str]) -> Mapping[str, Any]:
-    """A sample with the text of these files in place of their bytes, and what its JSON holds. Raises `InputError`."""
+    """A sample with these files decoded to text and the fields of its JSON added. Raises `InputError`."""
     texts: dict[str, str] = {}
     held: Any = {}
     for part in parts:
@@ -629,7 +626,7 @@ def _read_parts(values: Mapping[str, Any], parts: Sequence[str]) -> Mapping[str,
             if part == "json":
                 held = json.loads(text)
             else:
-                texts[part] = text.rstrip("\r\n")  # editors end the last line
+                texts[part] = text.rstrip("\r\n")  # editors add a line break at the end
         except (ValueError, RecursionError) as error:
             raise InputError(f"the {part} of the sample cannot be read: {error}") from error
     if not isinstance(held, dict):
@@ -655,7 +652,12 @@ def _shards_of_index(name: str, data: bytes) -> list[str]:
         raise DatasetError(
             f"{name!r} is no index of WebDataset shards, expected {{'shardlist': [{{'url': ...}}]}}"
         ) from error
-    return [url if "://" in url or url.startswith("/") else f"{_folder(name)}/{url}" for url in shards]
+    try:  # an index gets at no more than a row does
+        return [locate(url, reach_of(_folder(name))) for url in shards]
+    except (ImageError, TypeError) as error:
+        raise DatasetError(
+            f"{name!r} names a shard that is not in its folder or its store: {shards}; name the shards themselves"
+        ) from error
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -664,11 +666,16 @@ def _shards_of_index(name: str, data: bytes) -> list[str]:
 @contextmanager
 def _opened(path: str, storage_options: Mapping[str, Any] | None) -> Iterator[tuple[BinaryIO, int]]:
     with _reading(path):
-        system, inside = url_to_fs(path, **_options(path, storage_options))
-        with system.open(inside, "rb") as file:
+        local = local_path(path)
+        with open_regular(local) if local is not None else _open_url(path, storage_options) as file:
             n_bytes = file.seek(0, io.SEEK_END)
             file.seek(0)
             yield file, n_bytes
+
+
+def _open_url(url: str, storage_options: Mapping[str, Any] | None) -> Any:
+    system, inside = url_to_fs(url, **(storage_options or {}))
+    return system.open(inside, "rb")
 
 
 @contextmanager

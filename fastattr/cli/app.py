@@ -125,7 +125,7 @@ def explain(
     images: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Pictures or videos (mp4, webm, ...); a folder is a video, its files by number the frames.",
+            help="Pictures or videos (mp4, webm, ...); a folder is a video, its files in order of their numbers the frames.",
             metavar="IMAGE...",
         ),
     ] = None,
@@ -133,8 +133,8 @@ def explain(
     messages: Annotated[
         Path | None,
         typer.Option(
-            help="A conversation instead of --prompt: JSON, a list of messages, or an object with messages, tools and "
-            "template_options; parts may hold paths."
+            help="A conversation instead of --prompt: a JSON file with a list of messages, or an object with messages, tools "
+            "and template_options; parts may hold paths."
         ),
     ] = None,
     response: Annotated[str | None, typer.Option(help="The answer to explain; the model answers if not given.")] = None,
@@ -147,8 +147,8 @@ def explain(
         typer.Option(
             "--method",
             "--methods",
-            help="lens, tam, arc or best, with scales as in tam@1+1.5+2; several times for several, the first is printed. "
-            "By default arc; best has the most exact maps and reads each picture 50 more times.",
+            help="lens, tam, arc or best, with scales as in tam@1+1.5+2. Repeat it for several methods; the first is printed. "
+            "By default arc; best has the most exact maps and takes 50 more forwards per picture.",
         ),
     ] = None,
     scales: Annotated[str | None, typer.Option(help=SCALES_HELP)] = None,
@@ -290,7 +290,7 @@ def bench(
             f"the benchmarks are not in {str(checkout)!r}; they come with the source: clone the repository, "
             'pip install -e ".[bench]", and run fastattr bench again'
         )
-    if find_spec("matplotlib") is None:  # found out before the hours that its plots come after
+    if find_spec("matplotlib") is None:  # before hours of measuring, since plots are drawn last
         raise InputError(f"fastattr bench draws with matplotlib; {how_to_install('bench')}")
     from fastattr.storage import check_writable
 
@@ -383,13 +383,15 @@ def _explain_live(
 def _check_request(
     images: Sequence[Any] | None, prompt: str | Messages | fastattr.Chat, response: str | None, device: str | None
 ) -> str:
-    """Find what is wrong with a request before a model is loaded for it; returns the device. Raises `InputError`."""
+    """Check a request before the model is loaded; returns the device. Raises `InputError` or `ImageError`."""
     from fastattr.chat import as_chat, read_prompt
+    from fastattr.parts import check_whole
 
     visuals, asked = read_prompt(images, prompt)
     as_chat(asked, len(visuals))
     if response is not None and not response.strip():
-        raise InputError(f"--response is {response!r}, expected some text; leave it out and the model answers")
+        raise InputError(f"--response is {response!r}, expected some text; leave it out to let the model answer")
+    check_whole(response or "", "--response")
     return choose_device(device)
 
 
@@ -409,7 +411,7 @@ def _frames(folder: Path) -> list[Path]:
     frames = [path for path in files if not is_litter(path.name) and not path.name.startswith(".")]
     if len(frames) < len(files):
         hidden = len(files) - len(frames)
-        print(f"{str(folder)!r}: {hidden} hidden files or files of macOS or Windows were skipped", file=sys.stderr)
+        print(f"{str(folder)!r}: skipped {hidden} hidden files or files of macOS or Windows", file=sys.stderr)
     if not frames:
         raise InputError(
             f"the folder {str(folder)!r} holds no files, expected the frames of a video, numbered or named in order"
@@ -421,15 +423,15 @@ def _frames(folder: Path) -> list[Path]:
 
 def _read_messages(path: Path) -> Messages | fastattr.Chat:
     try:
-        messages = json.loads(path.read_text(encoding="utf-8"))
+        messages = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a conversation in JSON: {error}") from error
     if isinstance(messages, dict):
         unknown = sorted(set(messages) - {"messages", "tools", "template_options"})
         if unknown or "messages" not in messages:
             raise InputError(
-                f"{str(path)!r} holds {', '.join(messages) or 'nothing'}, expected messages, and tools and "
-                "template_options where there are some"
+                f"{str(path)!r} holds {', '.join(messages) or 'nothing'}, expected messages, and optionally tools and "
+                "template_options"
             )
         return fastattr.Chat(**messages)
     if not isinstance(messages, list):

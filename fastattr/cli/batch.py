@@ -63,6 +63,14 @@ def batch(
     ] = "response",
     content: Annotated[ContentName, typer.Option(help="What of a response is kept.")] = ContentName.ids,
     images: Annotated[ImagesName, typer.Option(help="What of its pictures is kept.")] = ImagesName.hash,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where rows may have images besides the folder or store of IN: the beginning of a URL, also file:///DIR/; "
+            "may be repeated.",
+            metavar="URL",
+        ),
+    ] = None,
     shard_rows: Annotated[int, typer.Option(min=1, help="Rows that are published together.")] = 256,
     limit: Annotated[int | None, typer.Option(min=1, help="The first rows only.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; by default a GPU or a core each.")] = None,
@@ -83,7 +91,7 @@ def batch(
 ) -> None:
     """Explain every row of a data set into a log.
 
-    fastattr log reads it. Run the same command again to go on after an interruption.
+    Read the log with fastattr log. Run the same command again to continue after an interruption.
     """
     attribution = chosen_config(method, scales, {"evidence": evidence})
     engine, run, fields = _imports(ray)
@@ -110,6 +118,7 @@ def batch(
             device=device,
             dtype=dtype.value,
             trust_remote_code=trust_remote_code,
+            allow_urls=allow_url or (),
             engine=engine,
             stop=stop,
             tell=tell,
@@ -203,9 +212,7 @@ def _words(summary: Summary, out: str, took_s: float, max_error_rate: float) -> 
     if worked:
         lines.append(f"{worked} rows in {took_s:.0f} s, {worked / took_s:.2f} a second")
     if summary.litter:
-        lines.append(
-            f"{summary.litter} files of macOS or Windows in the inputs were skipped (._*, .DS_Store, Thumbs.db)"
-        )
+        lines.append(f"skipped {summary.litter} files of macOS or Windows in the inputs (._*, .DS_Store, Thumbs.db)")
     lines.append(
         f"{summary.total} rows: {summary.written} written, {summary.failed} failed, {summary.left} left"
         + (f"; see {out}/failed" if summary.failed else "")
@@ -221,7 +228,7 @@ def _words(summary: Summary, out: str, took_s: float, max_error_rate: float) -> 
         lines.append(f"  {rest} for {len(summary.reasons) - SHOWN_REASONS} other reasons")
     if summary.outcome == "too_many_failures":
         lines.append(
-            f"GIVEN UP: more than {max_error_rate:.1%} of the rows fail. What is written stays; mend what the reasons name, or "
+            f"GIVEN UP: more than {max_error_rate:.1%} of the rows fail. What is written stays; fix the causes listed above, or "
             "raise --max-error-rate, and run the same command again"
         )
     elif summary.outcome == "stopped":

@@ -1,4 +1,4 @@
-"""The options that say which model a command loads and where, and the loading itself."""
+"""Loading a model: the options that commands share, and the call of `fastattr.load`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Device = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model; read it first.")
 ]
-Dtype = Annotated[DtypeName, typer.Option(help="Of the weights; auto: as they were saved.")]
+Dtype = Annotated[DtypeName, typer.Option(help="Dtype of the weights; auto: as saved.")]
 
 
 def choose_device(device: str | None) -> str:
-    """The device a command runs on: the one asked for, checked to exist, or the GPU if there is one.
+    """The device a command runs on: the one asked for, or the GPU if there is one, else the CPU.
 
     Raises:
-        InputError: torch knows no such device, or this machine has none.
+        InputError: torch cannot use the device that was asked for.
     """
     import torch
 
@@ -51,7 +51,7 @@ def choose_device(device: str | None) -> str:
 
 
 def load_model(name: str, device: str, dtype: DtypeName, trust: bool) -> Model:
-    """`fastattr.load`, without the progress bars of transformers. Raises what it raises."""
+    """`fastattr.load` without the progress bars of transformers. Raises as it does."""
     import fastattr
     from fastattr.adapters import hide_loading_bars
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON.")]
 SCALES_HELP = (
-    "Image sizes relative to the model's own, comma-separated, or 'own' for all it can show; else as METHOD has them."
+    "Image sizes relative to the model's own, comma-separated, or 'own' for the model's default; by default those of "
+    "the method."
 )
 
 
@@ -71,7 +72,7 @@ def write(explained: list[fastattr.Attribution], out: Path) -> None:
 
 
 def check_output(out: Path, n_methods: int = 1) -> None:
-    """Find out before the work whether `write` can write so many attributions there. Raises `InputError`, `SaveError`."""
+    """Raises `SaveError` or `InputError` where `write` could not write attributions by so many methods to `out`."""
     from fastattr.storage import check_writable
 
     if out.suffix not in (".html", ".safetensors", ".png", ".json"):
@@ -146,15 +147,15 @@ def print_attributions(explained: list[fastattr.Attribution], out: Path | None, 
 
 
 def shown_by(configs: Sequence[fastattr.AttributionConfig]) -> str:
-    """Which configuration is printed, and which others the report holds."""
+    """A line that names the configuration that is printed, and the others in the report."""
     from fastattr.config import name_of
 
     first, *others = (name_of(config) for config in configs)
-    return f"method: {first}" + (f"; beside it in the report: {', '.join(others)}" if others else "")
+    return f"method: {first}" + (f"; also in the report: {', '.join(others)}" if others else "")
 
 
 def signed(nats: float | None) -> str:
-    """Evidence with two digits; what rounds to zero is +0.00, and None is nothing."""
+    """Evidence in nats with two decimals; +0.00 rather than -0.00, and empty for None."""
     return "" if nats is None else f"{round(nats, 2) + 0.0:+.2f}"
 
 
@@ -162,7 +163,7 @@ def where(image: Sequence[Tensor]) -> str:
     """The strongest place of one token's maps, `[t h w]` for each image, in words."""
     strongest = max(range(len(image)), key=lambda i: float(image[i].max()))
     maps = image[strongest]
-    if float(maps.max()) < 0.005:  # which would be shown as 0.00
+    if float(maps.max()) < 0.005:  # would be printed as 0.00
         return "nowhere"
     t, h, w = maps.shape
     frame, rest = divmod(int(maps.argmax()), h * w)
@@ -174,10 +175,10 @@ def where(image: Sequence[Tensor]) -> str:
 
 
 def chosen_config(method: str, scales: str | None, changes: ConfigChanges) -> fastattr.AttributionConfig:
-    """What `--method` and `--scales` say, before a model is loaded.
+    """The configuration that `--method` and `--scales` describe.
 
     Args:
-        scales: as a person types them, `1,1.5,2` or `own`; None for those of the method.
+        scales: as typed, `1,1.5,2` or `own`; None for those of the method.
         changes: further options.
 
     Raises:

@@ -76,7 +76,7 @@ def open_coco(path: Path, prompt: str | None = None) -> Dataset:
 
     def content(id: str) -> str:
         entry = entries[id]
-        # a path that leads out of the folder is refused by read: here it is only a name
+        # `read` refuses a path outside the folder; here it is only hashed
         picture = pictures / str(entry["file_name"])
         return digest([picture], entry, instances.get(id, ()), categories, prompt or CAPTION_PROMPT)
 

@@ -29,7 +29,7 @@ def read_json(path: Path) -> Any:
 
 
 def digest(files: Iterable[Path], *values: Any) -> str:
-    """16 hex digits of the names and contents of files, and of values as JSON. A missing file counts as such."""
+    """A hash, 16 hex digits, of the names and contents of files and of values as JSON. Files may be missing."""
     found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path in files:
         try:
@@ -52,7 +52,11 @@ def read_text(path: Path) -> str:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB and upright, see `read_image`, and so must be what masks and boxes are about. Raises `DatasetError` when it is missing or cannot be decoded."""
+    """RGB with the EXIF orientation applied, see `read_image`; masks and boxes must refer to that.
+
+    Raises:
+        DatasetError: the picture is missing or cannot be decoded.
+    """
     try:
         return read_image(path)
     except ImageError as error:
@@ -63,7 +67,7 @@ def read_pixels(path: Path, modes: Sequence[str], picture: Image.Image) -> np.nd
     """Values `[H W]`, or `[H W channel]`, of a map that goes with a picture; of a palette the indices.
 
     Args:
-        modes: of Pillow, which are accepted. A map with an EXIF orientation of its own is turned as a picture is.
+        modes: of Pillow, which are accepted. An EXIF orientation of the map itself is applied.
 
     Raises:
         DatasetError: the file is missing or cannot be decoded, has another mode, or not the size of the picture.

@@ -54,8 +54,8 @@ def open_folder(folder: Path, prompt: str | None = None) -> Dataset:
         )
     if not any(_masks(folder, id) for id in pictures):
         raise DatasetError(
-            f"{str(folder / MASKS)!r} holds no mask for any of the {len(pictures)} pictures, expected for each a folder of "
-            f"its name with a png for each thing in it, for example {next(iter(pictures))}/red_circle.png"
+            f"{str(folder / MASKS)!r} holds no mask for any of the {len(pictures)} pictures, expected for each a folder with "
+            f"its name that holds a png for each object, for example {next(iter(pictures))}/red_circle.png"
         )
 
     def read(id: str) -> Sample:

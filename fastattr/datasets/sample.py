@@ -56,9 +56,9 @@ class Dataset:
         name: for tables.
         ids: in a fixed order.
         read: from an id to its sample; raises `DatasetError` that names the file and what is wrong with it.
-        content: from an id to a digest of all that `read` makes its sample of; it changes when a picture, mask or caption
-            does. Empty where the id alone decides, as for scenes that are drawn.
-        n_litter: files that macOS or Windows left in its folders (`._x`, `.DS_Store`), which are skipped.
+        content: from an id to a digest of everything `read` uses; it changes with the picture, mask or caption. Empty where
+            the id alone determines the sample, as for drawn scenes.
+        n_litter: number of files of macOS or Windows in its folders (`._x`, `.DS_Store`), which are skipped.
     """
 
     name: str

@@ -104,7 +104,7 @@ def open_described(folder: Path, prompt: str | None = None) -> Dataset:
 
     def content(id: str) -> str:
         entry = entries[int(id)]
-        named = entry[::2][:2] if isinstance(entry, list) else ()  # picture and label map, where the entry is sound
+        named = entry[::2][:2] if isinstance(entry, list) else ()  # picture and label map, of a valid entry
         return digest([folder / name for name in named if isinstance(name, str)], entry, asked)
 
     return Dataset(name, tuple(map(str, range(len(entries)))), read, content=content)

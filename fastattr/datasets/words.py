@@ -36,7 +36,7 @@ FUNCTION_WORDS = frozenset(
 )
 
 _NEVER_ALONE = FUNCTION_WORDS | text.FUNCTION_WORDS  # of the words of a longer name
-_WORD = regex.compile(r"[^\W_]+(?:-[^\W_]+)*")  # unlike in re, accents and vowel signs belong to words
+_WORD = regex.compile(r"[^\W_]+(?:-[^\W_]+)*")  # unlike re, counts accents and vowel signs as part of words
 
 
 def function_spans(response: str, words: Collection[str] = FUNCTION_WORDS) -> tuple[Span, ...]:

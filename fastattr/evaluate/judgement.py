@@ -67,7 +67,7 @@ class Judgement:
         plausibility: for each method.
         hidings: for each word that was chosen and each order.
         said: every word that names something.
-        content: of the sample, see `Dataset.content`; empty in files of versions that did not note it.
+        content: of the sample, see `Dataset.content`; empty in files of earlier versions.
     """
 
     id: str

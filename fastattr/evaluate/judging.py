@@ -33,8 +33,8 @@ class Settings:
     """How samples are judged.
 
     Attributes:
-        methods: by the name they have in the results; configurations, or names of them. Their `evidence` does not
-            count: evidence is measured once for all.
+        methods: configurations, or names of them, by their name in the results. Their `evidence` is ignored: it is
+            measured once for all methods.
         words: words a sample that are judged by hiding patches, drawn at random; 0 leaves faithfulness out.
         steps: equal shares of the patches, see `deletion`.
         fill: what stands where a patch is hidden, see `cut_picture`.
@@ -51,7 +51,7 @@ class Settings:
 
     @property
     def configs(self) -> dict[str, AttributionConfig]:
-        """The methods, each as one configuration. Raises `InputError`."""
+        """The methods as configurations. Raises `InputError`."""
         return {name: replace(configure(config), evidence=False) for name, config in self.methods.items()}
 
 

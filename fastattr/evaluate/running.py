@@ -57,8 +57,7 @@ class Task:
 
     def load(self) -> Model:
         """The model. Raises as `load` of the adapters does."""
-        trusted: dict[str, Any] = {"trust_remote_code": True} if self.trust_remote_code else {}
-        return load(self.model, device=self.device, dtype=self.dtype, **trusted)
+        return load(self.model, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,19 @@ class Results:
 def run(task: Task, out: Path, *, workers: int = 1) -> Results:
     """Judge every sample that `out` does not hold yet, and append it there.
 
-    Samples that could not be judged earlier are tried again, and samples whose picture, masks or caption have changed
-    since are judged again: the contents of their files are compared, not their times. Each worker is a process with one thread and a model of
+    Samples that failed earlier are tried again, and samples whose picture, masks or caption have changed since are judged
+    again; the contents of files are compared, not their times. Each worker is a process with one thread and a model of
     its own; with one worker everything happens in this process.
 
     Raises:
         DatasetError: there is no such dataset.
-        SaveError: `out` cannot be written, or holds an evaluation of another dataset or model, with other settings, or of
-            a model of this name whose files have changed.
+        SaveError: `out` cannot be written, or holds an evaluation of another dataset, model or settings, or of this model
+            before its files changed.
         FastattrError: the model cannot be explained at all, or a worker process died.
     """
     dataset = task.open()
     if dataset.n_litter:
-        print(f"{dataset.n_litter} files of macOS or Windows were skipped (._*, .DS_Store, Thumbs.db)", file=sys.stderr)
+        print(f"skipped {dataset.n_litter} files of macOS or Windows (._*, .DS_Store, Thumbs.db)", file=sys.stderr)
     header = _header(task, dataset)
     done = _resume(out, header)
     changed = _changed(dataset, done)
@@ -173,7 +172,7 @@ def _work(id: str) -> Judgement | Skipped:
 
 def _judge(model: Model, dataset: Dataset, settings: Settings, id: str) -> Judgement | Skipped:
     try:
-        content = dataset.content(id)  # before it is read: what changes in between is noticed the next time
+        content = dataset.content(id)  # before reading, so that a change in between is noticed by the next run
         return replace(judge(model, dataset.read(id), settings), content=content)
     except (UnsupportedModelError, BackendError):
         raise  # no other sample would fare better
@@ -223,7 +222,7 @@ def _resume(out: Path, header: dict[str, Any]) -> dict[str, Judgement | Skipped]
     if not out.exists() or out.stat().st_size == 0:
         return {}
     found, done = _read(out)
-    found = {"dtype": "auto", **found}  # versions that could not choose it did not note it
+    found = {"dtype": "auto", **found}  # earlier versions had no dtype
     for name in ("dataset", "model", "dtype", "prompt", "settings"):
         if found.get(name) != header[name]:
             raise SaveError(
@@ -233,7 +232,7 @@ def _resume(out: Path, header: dict[str, Any]) -> dict[str, Judgement | Skipped]
     _check_model(out, found.get("model_content"), header)
     try:
         open(out, "ab").close()
-    except OSError as error:  # found out before samples are judged that could not be written down
+    except OSError as error:  # before samples are judged whose results could not be written
         raise SaveError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
     whole = out.read_bytes()
     if not whole.endswith(b"\n"):
@@ -247,8 +246,8 @@ def _check_model(out: Path, then: dict[str, str] | None, header: dict[str, Any])
     now = header["model_content"]
     if then is None:
         raise SaveError(
-            f"{str(out)!r} was written by an earlier version, which did not note what the files of the model held, so it "
-            "cannot be gone on with; choose another --out, or delete it"
+            f"{str(out)!r} was written by an earlier version, which did not record digests of the model's files, so it "
+            "cannot be continued; choose another --out, or delete it"
         )
     if then != now:
         files = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote, urlsplit
 
-from fastattr.config import AnyConfig, configure
+from fastattr.config import AnyConfig, configure, refuse_compat
 from fastattr.errors import InputError
 from fastattr.log.record import Content
 from fastattr.types import AttributionConfig
@@ -44,8 +44,8 @@ class LogConfig:
         screen_rate: share that is explained only to look for low evidence, and dropped where there is none.
         explain: in a `thread` of this process, or later in a `worker` process (`fastattr worker SPOOL`).
         attribution: how responses are explained: an `AttributionConfig`, the name of one (`"arc@1"`, `"best"`), or a
-            mapping of options such as `{"method": "best", "evidence": False}`. Captured states are explained by the same
-            at the one scale the model saw, from the last layer and without `regions`: the rest takes more forwards.
+            mapping of options such as `{"method": "best", "evidence": False}`. Captured states are explained in the same
+            way, but at the one scale the model saw, from the last layer and without `regions`, which needs no forward.
         model_revision: kept in each record, and what drift is measured within.
         content: `ids` keeps the response's token ids, `text` also texts of prompt and response, `none` neither.
         images: keep a SHA-256 of each (`hash`), also the pictures (`store`), or nothing (`none`).
@@ -140,11 +140,11 @@ class LogConfig:
         if self.attribution is None:
             raise InputError("attribution is None, expected an AttributionConfig, a name such as 'arc@1', or a mapping")
         try:
-            object.__setattr__(self, "attribution", configure(self.attribution, default="arc@1"))
+            config = configure(self.attribution, default="arc@1")
+            refuse_compat(config)
         except InputError as error:
             raise InputError(f"attribution is wrong: {error}") from error
-        if self.explained_by.compat is not None:
-            raise InputError("attribution has compat='tam', which is for attribute_states; leave it out of a log")
+        object.__setattr__(self, "attribution", config)
         if not isinstance(self.storage_options, Mapping):
             raise InputError(f"storage_options is a {type(self.storage_options).__name__}, expected a mapping")
 
@@ -169,7 +169,7 @@ class LogConfig:
 
     @property
     def explained_by(self) -> AttributionConfig:
-        """`attribution` as a configuration, however it was given."""
+        """`attribution` as an `AttributionConfig`."""
         return configure(self.attribution)
 
     @property

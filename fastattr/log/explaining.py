@@ -44,8 +44,9 @@ def explain(request: Request, config: LogConfig, model: Model | None) -> Explain
     images = request.submission.images
     why = _attribution(request, list(images), config, model)
     mismatch = isinstance(request.job, Captured) and why.source == "replay"
-    hashes = None if config.images == "none" else request.image_sha256 or tuple(digest(image) for image in images)
-    kept = tuple(to_png(frames[0]) for frames in why.pictures) if config.images == "store" else None
+    keep = request.keep_images or config.images
+    hashes = None if keep == "none" else request.image_sha256 or tuple(digest(image) for image in images)
+    kept = tuple(to_png(frames[0]) for frames in why.pictures) if keep == "store" else None
     return Explained(why, hashes, kept, mismatch)
 
 

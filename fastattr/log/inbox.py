@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from fastattr.chat import read_prompt
 from fastattr.config import from_saved
 from fastattr.errors import InputError, SaveError
 from fastattr.images import Visual
-from fastattr.log.config import LogConfig
+from fastattr.log.config import Images, LogConfig
 from fastattr.log.requests import Captured, Made, Replay, Request, Submission, bytes_of, digest, from_json, to_json
-from fastattr.log.spool import sync_folder
+from fastattr.log.spool import make_private_folder, sync_folder
 from fastattr.log.telemetry import Caller
 from fastattr.storage import whole_file
 from fastattr.video import Timing
@@ -54,13 +54,15 @@ def prepare(config: LogConfig) -> None:
     values["attribution"] = asdict(config.explained_by)
     values["destination"] = _without_password(config.destination)
     try:
-        inbox_of(spool).mkdir(parents=True, exist_ok=True)
+        if not spool.is_dir():  # one that is there may hold other things, and be read by others
+            make_private_folder(spool)
+        make_private_folder(inbox_of(spool))
     except OSError as error:
         raise SaveError(
             f"the spool {str(spool)!r} cannot be made: {error.strerror or error}; choose a local directory that is writable "
             "with spool="
         ) from error
-    with whole_file(spool / CONFIG_FILE) as file:
+    with whole_file(spool / CONFIG_FILE, private=True) as file:
         file.write((json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -118,7 +120,8 @@ def put(config: LogConfig, request: Request) -> Path:
         "frames": [len(visual.frames) for visual in visuals],
         "timing": [None if visual.timing is None else asdict(visual.timing) for visual in visuals],
         "picture_notes": [visual.notes for visual in visuals],
-        "image_sha256": [digest(image) for image in images],
+        "keep_images": config.images,
+        "image_sha256": [] if config.images == "none" else [digest(image) for image in images],
         "time_ns": request.time_ns,
         "caller": None if caller is None else asdict(caller),
         "error": request.error,
@@ -130,7 +133,7 @@ def put(config: LogConfig, request: Request) -> Path:
         metadata={"request": json.dumps(manifest)},
     )
     path = inbox_of(config.spool_path) / f"{request.record_id}.0{SUFFIX}"
-    with whole_file(path) as file:
+    with whole_file(path, private=True) as file:
         file.write(data)
     sync_folder(path.parent)
     return path
@@ -152,7 +155,7 @@ def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
         raise InputError(f"generate returned {type(job.out).__name__}, expected one sequence [1 seq]")
     prompt_ids = states.prompt()
     sequence = sequences[0].to(prompt_ids.device)
-    n = states.n_spoken(sequence)  # what ended it was said to `generate`, which the worker does not know
+    n = states.n_spoken(sequence)  # end tokens may be arguments of `generate`, which the worker does not have
     tensors = {"prompt_ids": prompt_ids.clone(), "sequence": sequence[:n]}
     tensors |= {f"input.{name}": value for name, value in states.model_inputs.items()}
     if states.matches(sequence):  # else the worker reads them again
@@ -210,6 +213,9 @@ def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], m
     submission = Submission(
         manifest["request_id"], manifest["metadata"], from_json(manifest["prompt"]), images, manifest["content"]
     )
+    keep_images = manifest.get("keep_images")  # requests of earlier versions go by the worker's configuration
+    if keep_images not in (None, *get_args(Images)):
+        raise ValueError(f"keep_images is {keep_images!r}")
     job = _read_job(manifest, tensors, model)
     caller = manifest["caller"]
     waited_s = max(0.0, (time.time_ns() - manifest["time_ns"]) / 1e9)
@@ -225,6 +231,7 @@ def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], m
         rate=manifest["rate"],
         n_bytes=bytes_of(job, images),
         image_sha256=tuple(manifest["image_sha256"]),
+        keep_images=keep_images,
     )
 
 

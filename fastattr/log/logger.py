@@ -171,10 +171,10 @@ class AttributionLogger:
 
         Args:
             messages: the user's text, or a conversation whose image parts stand where `images` belong; a `fastattr.Chat`
-                where the engine gave its chat template tools or options.
+                if the engine passed tools or options to its chat template.
             images: the pictures the model was shown.
             response_ids: token ids of the answer, never re-tokenised.
-            prompt_ids: those the engine answered to; a replay of any other prompt fails, see `attribute`.
+            prompt_ids: ids of the engine's prompt; a replay of any other prompt fails, see `attribute`.
             request_id, metadata, error: as in `submit`.
 
         Returns:

@@ -33,7 +33,7 @@ from fsspec.core import url_to_fs
 
 from fastattr.errors import InputError, SaveError
 from fastattr.log.record import Record, from_batch
-from fastattr.log.schema import SCHEMA, SCHEMA_VERSION
+from fastattr.log.schema import SCHEMA, SCHEMA_VERSION, columns_of
 from fastattr.storage import whole_file
 
 Order = Literal["newest", "oldest", "lowest_evidence"]
@@ -274,7 +274,7 @@ def _check(filesystem: Any, path: str, size: int, version: str) -> Any:
             raise pa.ArrowInvalid(
                 f"schema version {stored}, this fastattr reads up to {SCHEMA_VERSION}; use a newer one"
             )
-        if not schema.equals(SCHEMA, check_metadata=False):
+        if not schema.equals(columns_of(int(stored)), check_metadata=False):
             raise pa.ArrowInvalid(f"its columns are not those of schema version {stored}")
         fragment = _PARQUET.make_fragment(path, arrow)
         fragment.ensure_complete_metadata()

@@ -185,6 +185,8 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
         "notes": [_utf8(note) for note in why.notes],
         "queued_ms": envelope.queued_ms,
         "explain_ms": envelope.explain_ms,
+        "special": list(why.special),
+        "reasoning": list(reasoning_tokens(why)),
     }
     box_image, boxes, lit = _peak_boxes(by_image, why.extents)
     scales = why.agreement.shape[1]
@@ -196,7 +198,6 @@ def to_batch(why: Attribution, envelope: Envelope, content: Content) -> pa.Recor
         "text": [_utf8(token) for token in why.tokens] if text else None,
         "start": spans[:, 0] if text else None,
         "stop": spans[:, 1] if text else None,
-        "part": _parts(why),
         "repeat": _repeats(why.token_ids),
         "log_prob": log_prob,
         "evidence": evidence,
@@ -314,8 +315,8 @@ def _read_row(batch: pa.RecordBatch, row: int) -> Record:
         notes=(*values["notes"], *_of_first_frames(pictures, values["grids"])),
         versions=tuple(json.loads(values["versions"]).items()),
         calibration=None if calibration is None else Calibration(**json.loads(calibration)),
-        special=_places(tokens["part"], "special"),
-        reasoning=_stretches(_places(tokens["part"], "reasoning"), spans),
+        special=tuple(values["special"] or ()),
+        reasoning=_stretches(values["reasoning"] or (), spans),
     )
     stored = {f.name: values[f.name] for f in fields(Envelope)}
     stored["time"] = values["time"].astimezone(timezone.utc)
@@ -457,20 +458,8 @@ def _column(values: Any, kind: pa.DataType, length: int) -> pa.Array:
     return values if isinstance(values, pa.Array) else pa.array(values, kind)
 
 
-def _parts(why: Attribution) -> list[str | None]:
-    parts: list[str | None] = [None] * len(why)
-    for name, places in (("reasoning", reasoning_tokens(why)), ("special", why.special)):
-        for place in places:
-            parts[place] = name
-    return parts
-
-
-def _places(parts: pa.Array, name: str) -> tuple[int, ...]:
-    return tuple(place for place, part in enumerate(parts.to_pylist()) if part == name)
-
-
 def _stretches(places: Sequence[int], spans: Sequence[Span]) -> tuple[Span, ...]:
-    """What tokens cover together, as few ranges of characters."""
+    """The characters that these tokens cover, as merged ranges."""
     found: list[Span] = []
     for start, stop in (spans[place] for place in places):
         if found and start <= found[-1][1]:

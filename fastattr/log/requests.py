@@ -18,6 +18,7 @@ from torch import Tensor
 from fastattr.chat import Chat, Messages, Prompt
 from fastattr.errors import InputError
 from fastattr.images import Visual, encoded_bytes, read_image
+from fastattr.log.config import Images
 from fastattr.log.record import Content
 from fastattr.parts import plain_part, without_source
 from fastattr.types import Attribution
@@ -61,7 +62,7 @@ class Captured(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """The ids some engine answered with, to be read by the model in one forward, and those of its prompt where given."""
+    """Ids of an answer by any engine, to be read by the model in one forward, and of its prompt if given."""
 
     response_ids: tuple[int, ...]
     prompt_ids: tuple[int, ...] | None = None
@@ -84,6 +85,8 @@ class Request(NamedTuple):  # made on the request's path: a third of a frozen da
         rate: it is kept where `share` is below this, or below the rate of low evidence.
         n_bytes: what it holds in memory.
         image_sha256: of the pictures as they were given, where it went through the disk; else None.
+        keep_images: what of the pictures is kept, as of `LogConfig.images`, by the logger that it came from; None where
+            that is the one that explains it.
     """
 
     record_id: str
@@ -97,6 +100,7 @@ class Request(NamedTuple):  # made on the request's path: a third of a frozen da
     rate: float
     n_bytes: int
     image_sha256: tuple[str, ...] | None = None
+    keep_images: Images | None = None
 
 
 def prompt_of(messages: str | Messages | Chat) -> Prompt:
@@ -121,7 +125,7 @@ def prompt_of(messages: str | Messages | Chat) -> Prompt:
 
 
 def _content(content: Any) -> Any:
-    """Parts of a message without the pictures they hold: those are given beside them, and a URL is not fetched."""
+    """Parts of a message without the pictures they hold: those are given separately, and URLs are not fetched."""
     content = content.tolist() if isinstance(content, np.ndarray) else content
     if not _are_mappings(content):
         return content
@@ -129,7 +133,7 @@ def _content(content: Any) -> Any:
 
 
 def pictures_of(messages: Sequence[Any]) -> list[Any]:
-    """The pictures that the parts of messages hold, in order; what `prompt_of` leaves out of them.
+    """The pictures in the parts of messages, in order, which `prompt_of` removes.
 
     Raises:
         InputError: only some of the parts for pictures hold one.
@@ -156,14 +160,12 @@ def to_json(prompt: Prompt | None) -> Any:
     try:
         json.dumps(options)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"template_options holds what JSON cannot say, so a worker cannot be given it: {error}"
-        ) from error
+        raise InputError(f"template_options cannot be written as JSON for a worker: {error}") from error
     return {"messages": list(prompt.messages), "tools": list(prompt.tools or ()), "template_options": options}
 
 
 def from_json(held: Any) -> Prompt | None:
-    """What `to_json` wrote; requests from before there were template options hold none."""
+    """The prompt that `to_json` wrote; requests of earlier versions have no template options."""
     if not isinstance(held, dict):
         return held
     return Chat(held["messages"], held["tools"], held.get("template_options", {}))

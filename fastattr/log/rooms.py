@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fastattr.errors import SaveError
-from fastattr.log.spool import SUFFIX, make_folder, parse_spool_name
+from fastattr.log.spool import SUFFIX, make_folder, make_private_folder, parse_spool_name
 
 _TRIES, _WAIT_S = 100, 0.01
 
@@ -81,6 +81,9 @@ def open_room(spool: Path, writer: str) -> Room:
     path = spool / "rooms" / writer
     try:
         for _ in range(_TRIES):  # between making and locking it, a recovery may take it for an orphan
+            if not spool.is_dir():
+                make_private_folder(spool)
+            make_private_folder(path.parent)
             make_folder(path)
             lock = _take(path)
             if lock is not None:
@@ -135,7 +138,7 @@ def is_live(spool: Path, writer: str) -> bool:
 def _take(path: Path) -> int | None:
     """Lock a room without waiting; None if someone else has it, or it vanished meanwhile. Raises `OSError`."""
     try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
         return None
     try:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2 added `special` and `reasoning`
 TOP_CONTEXT = 16  # context tokens kept a token: all of them would grow with the square of the length
 
 
@@ -35,7 +35,6 @@ TOKEN = pa.struct(
         _field("text", pa.string(), "what the token adds; only with content='text'", null=True),
         _field("start", pa.int32(), "first character in the response", null=True),
         _field("stop", pa.int32(), "behind the last character in the response", null=True),
-        _field("part", pa.string(), "special or reasoning; null for what is the answer's", null=True),
         _field("repeat", pa.int32(), "how often the same id stands before it in the response"),
         _field("log_prob", pa.float32(), "nats"),
         _field("evidence", pa.float32(), "nats, log p(token | image) - log p(token | image blanked)", null=True),
@@ -110,9 +109,43 @@ SCHEMA = pa.schema(
         _field("notes", pa.list_(pa.string()), "what a careful reader should know"),
         _field("queued_ms", pa.float32(), "from submission until explaining began"),
         _field("explain_ms", pa.float32(), "explaining"),
+        _field(
+            "special",
+            pa.list_(pa.int32()),
+            "positions of response tokens that are markup, such as the end of a turn; null in version 1",
+            null=True,
+        ),
+        _field(
+            "reasoning",
+            pa.list_(pa.int32()),
+            "positions of response tokens that are reasoning and no answer; null in version 1",
+            null=True,
+        ),
     ],
     metadata={"fastattr.schema_version": str(SCHEMA_VERSION)},
 )
+
+_ADDED = {1: ("special", "reasoning")}  # by the versions after it
+
+
+def columns_of(version: int) -> pa.Schema:
+    """The columns of a version, without metadata. Later versions only add nullable columns at the end."""
+    added = {name for since, names in _ADDED.items() if since >= version for name in names}
+    return pa.schema([field for field in SCHEMA if field.name not in added])
+
+
+def upgrade(batch: pa.RecordBatch) -> pa.RecordBatch | None:
+    """A record batch of this or an earlier version as one of `SCHEMA`; None if it is neither."""
+    stored = (batch.schema.metadata or {}).get(b"fastattr.schema_version", b"")
+    if not stored.isdigit() or not 1 <= int(stored) <= SCHEMA_VERSION:
+        return None
+    if not batch.schema.equals(columns_of(int(stored)), check_metadata=False):
+        return None
+    held = batch.schema.names
+    columns = [
+        batch.column(field.name) if field.name in held else pa.nulls(batch.num_rows, field.type) for field in SCHEMA
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
 def as_markdown() -> str:

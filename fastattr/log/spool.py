@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from fastattr.errors import SaveError
-from fastattr.log.schema import SCHEMA
+from fastattr.log.schema import SCHEMA, upgrade
 
 MAGIC = b"FATTR\x00\x00\x01"
 SUFFIX = ".spool"
@@ -61,7 +62,7 @@ class SpoolWriter:
         self._durable = (0, 0)
         self._torn = False
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise _cannot_write(path, error) from error
 
@@ -188,6 +189,20 @@ def make_folder(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def make_private_folder(path: Path) -> None:
+    """As `make_folder`, for its owner alone, whatever the umask: prompts and pictures wait in it. Raises `OSError`.
+
+    One that was there before stays as it is where somebody else owns it.
+    """
+    make_folder(path.parent)
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+        sync_folder(path.parent)
+    held = path.stat()
+    if stat.S_IMODE(held.st_mode) & 0o077 and held.st_uid == os.geteuid():
+        path.chmod(0o700)
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable. Raises `OSError`."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -230,17 +245,12 @@ def _read_batch(data: bytes, start: int, header: tuple[int, int]) -> pa.RecordBa
     try:
         with pa.ipc.open_stream(pa.py_buffer(payload)) as stream:
             batches = list(stream)
-        if len(batches) != 1 or not _is_ours(batches[0].schema):
+        if len(batches) != 1:
             return None
         batches[0].validate(full=True)
+        return upgrade(batches[0])
     except (pa.ArrowException, OSError, ValueError, MemoryError):
         return None
-    return batches[0]
-
-
-def _is_ours(schema: pa.Schema) -> bool:
-    # how the fields are explained may change within a version
-    return schema.equals(SCHEMA, check_metadata=False) and schema.metadata == SCHEMA.metadata
 
 
 def _next_frame(data: bytes, position: int, header: tuple[int, int] | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Selections and whole responses as a notebook shows them: an HTML cell, a PNG, a matplotlib figure, a pandas table."""
+"""Selections and whole responses in notebooks: an HTML cell, a PNG, a matplotlib figure, a pandas table."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _WORD_INCHES = 4.2
 def overlays(selection: Selection) -> list[Image.Image]:
     """One picture for each image of the attribution with the selection's map over it.
 
-    Of a video it is the frame where the map peaks, or the first. Where the attribution holds no pictures the ground is
-    plain grey.
+    For a video it is the frame where the map peaks, or the first. The background is plain grey where the attribution
+    holds no pictures.
     """
     attribution = selection.attribution
     drawn = []
@@ -46,7 +46,7 @@ def overlays(selection: Selection) -> list[Image.Image]:
 
 
 def selection_html(selection: Selection) -> str:
-    """The overlays of a selection beside each other, with its text and evidence under them."""
+    """The overlays of a selection side by side, with its text and evidence below."""
     pictures = "".join(
         f'<img alt="" style="max-width:100%;margin:0 {_GAP}px 0 0" src="data:image/png;base64,'
         f'{base64.b64encode(_png(_fit(picture, CELL_SIDE))).decode()}">'
@@ -62,7 +62,7 @@ def selection_html(selection: Selection) -> str:
 
 
 def selection_png(selection: Selection) -> bytes:
-    """The overlays of a selection beside each other as one PNG."""
+    """The overlays of a selection side by side as one PNG."""
     pictures = [_fit(picture, CELL_SIDE) for picture in overlays(selection)]
     width = sum(picture.width for picture in pictures) + _GAP * (len(pictures) - 1)
     sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
@@ -74,10 +74,10 @@ def selection_png(selection: Selection) -> bytes:
 
 
 def plot(selections: Sequence[Selection], n_left_out: int = 0) -> Figure:
-    """A figure of overlays: of one selection large, of several as a grid in their order.
+    """A figure of overlays: a large one for one selection, a grid in order for several.
 
     Args:
-        n_left_out: how many selections the caller leaves out; the figure says so.
+        n_left_out: how many selections the caller left out, which the figure states.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -105,19 +105,19 @@ def plot(selections: Sequence[Selection], n_left_out: int = 0) -> Figure:
             place.set_title(_title(selection), fontsize=10, parse_math=False)
     if n_left_out:
         figure.supxlabel(f"… and {n_left_out} more tokens", fontsize=10)
-    if "inline" in matplotlib.get_backend():  # a notebook shows open figures by itself, and the returned one once more
+    if "inline" in matplotlib.get_backend():  # a notebook would show an open figure twice
         pyplot.close(figure)
     return figure
 
 
 def plot_tokens(attribution: Attribution) -> Figure:
-    """A grid of overlays, one a token, of at most `MAX_CELLS`. Raises `InputError` as `plot`."""
+    """A grid of overlays, one per token, of at most `MAX_CELLS`. Raises `InputError` as `plot` does."""
     shown = min(len(attribution), MAX_CELLS)
     return plot([attribution[i] for i in range(shown)], len(attribution) - shown)
 
 
 def to_frame(attribution: Attribution) -> DataFrame:
-    """One row a token, see `Attribution.to_frame`.
+    """One row per token, see `Attribution.to_frame`.
 
     Raises:
         InputError: pandas is not installed.
@@ -145,7 +145,7 @@ def to_frame(attribution: Attribution) -> DataFrame:
     columns["explained"] = np.full(n, True) if attribution.explained is None else attribution.explained.numpy()
     frame = DataFrame(columns, index=RangeIndex(n, name="index"))
     for image, maps in enumerate(attribution.image):
-        boxes = np.full(n, None, dtype=object)  # object, or pandas would make columns of the tuples
+        boxes = np.full(n, None, dtype=object)  # dtype object, or pandas would split the tuples into columns
         if attribution.picture_sizes:
             size, extent = attribution.picture_sizes[image], attribution.extents[image]
             for target in range(n):
@@ -162,7 +162,7 @@ def _title(selection: Selection) -> str:
 
 
 def _fit(picture: Image.Image, side: int) -> Image.Image:
-    """As large as fits into a square of `side` pixels; small pictures are enlarged, so that a map can be seen."""
+    """Resized so that the longer side has `side` pixels; small pictures are enlarged."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS)

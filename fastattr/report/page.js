@@ -61,7 +61,7 @@ buildSwitch();
 drawHeatKey();
 use(0);
 
-/** Tokens one after the other; those of a fold go into a part that can be opened. */
+/** Append the tokens in order; those of a fold go into a <details> element. */
 function layOut(parent, { pieces, tail }, spans, folds = []) {
   const ranges = folds[Symbol.iterator]();
   let [first, last] = ranges.next().value ?? [];
@@ -80,12 +80,12 @@ function layOut(parent, { pieces, tail }, spans, folds = []) {
   parent.append(tail);
 }
 
-/** Whether a token is in a part that is closed. */
+/** Whether a token is inside a closed fold. */
 function isFolded(i) {
   return i < nTokens && responseWords[i].closest("details:not([open])") !== null;
 }
 
-/** The token nearest to `i` that is on show, in the given direction or else in the other one. */
+/** The visible token nearest to `i` in the given direction, or else in the other one. */
 function nextShown(i, direction) {
   const along = (by) => {
     let at = i;
@@ -648,7 +648,7 @@ for (const list of [$("response"), $("fields")]) {
     if (thing) toggle(indexOf(thing));
   });
   list.addEventListener("focusin", (event) => {
-    if (!thingOf(event.target) || !event.target.matches(":focus-visible")) return; // a click also focuses, and has said what it wants
+    if (!thingOf(event.target) || !event.target.matches(":focus-visible")) return; // a click also focuses, and has its own handler
     cursor = indexOf(thingOf(event.target));
     show();
   });

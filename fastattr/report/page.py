@@ -107,7 +107,7 @@ def _payload(attributions: Sequence[Attribution]) -> dict[str, Any]:
 
 
 def _folds(attribution: Attribution) -> list[tuple[int, int]]:
-    """Half-open ranges of tokens that are reasoning, with tokens between them that say nothing."""
+    """Half-open ranges of reasoning tokens; special and empty tokens between them are included."""
     silent = {*attribution.special, *(i for i, (start, stop) in enumerate(attribution.spans) if start == stop)}
     folds: list[tuple[int, int]] = []
     for token in reasoning_tokens(attribution):
@@ -348,7 +348,7 @@ def _settings(attribution: Attribution) -> list[tuple[str, str]]:
 
 
 def _labels(attributions: Sequence[Attribution]) -> list[str]:
-    """The name of each configuration, and what tells those apart that have the same name."""
+    """The name of each configuration, with evidence and backend where they distinguish equal names."""
     names = [name_of(a.config) for a in attributions]
     labels = []
     for name, attribution in zip(names, attributions, strict=True):

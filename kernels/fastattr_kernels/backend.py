@@ -54,7 +54,7 @@ def architecture(device: torch.device) -> str:
 
 
 def on_device_of(index: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Launch on the GPU that holds argument `index`: Triton launches on the current one, which may be another."""
+    """Launch on the GPU that holds positional argument `index`; Triton itself launches on the current one."""
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
         @wraps(launch)

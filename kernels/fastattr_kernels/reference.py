@@ -24,7 +24,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 # of logits, and of output embeddings as float32, for one chunk of the vocabulary
-CHUNK_BYTES = 16 * 2**20  # on a CPU: what stays in its cache
+CHUNK_BYTES = 16 * 2**20  # on a CPU, so that it stays in the cache
 DEVICE_CHUNK_BYTES = 128 * 2**20  # elsewhere, where every chunk costs a dozen launches
 GROUP = 32  # neighbouring ids whose greatest logit bounds the others
 BLOCK = 128  # targets, or context tokens, worked on together
@@ -46,7 +46,7 @@ def _even(length: int, most: int) -> int:
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:
-    """A context in which products of tensors on this device keep the dtype of their factors."""
+    """A context without autocast, in which products keep the dtype of their factors."""
     kind = like.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -57,7 +57,7 @@ def _on_matrix_units(hidden: Tensor, rows: Tensor) -> bool:
     """Whether a GPU multiplies these as they are and accumulates in float32; anything else is upcast first."""
     if not (hidden.is_cuda and hidden.dtype == rows.dtype and hidden.dtype in (torch.float16, torch.bfloat16)):
         return False
-    if is_compiling():  # nothing can be tried in a graph
+    if is_compiling():  # a graph cannot try it
         return torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
     return _mm_gives_float32(hidden.device, hidden.dtype)
 
@@ -105,7 +105,7 @@ def _finish_(logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: f
 
 def _columns_at_once(hidden: Tensor, weight: Tensor) -> int:
     """The width of one chunk of the vocabulary, in whole groups."""
-    if hidden.device.type == "cpu":  # rows of output embeddings are to stay in the cache as well
+    if hidden.device.type == "cpu":  # rows of output embeddings should stay in the cache too
         chunk_bytes, numbers = CHUNK_BYTES, max(hidden.shape)
     elif weight.dtype == torch.float32 or _on_matrix_units(hidden, weight):
         chunk_bytes, numbers = DEVICE_CHUNK_BYTES, len(hidden)
@@ -139,10 +139,10 @@ def _logit_chunks(
 
 
 def vocabulary(weight: Tensor, valid_vocab: int | None, k: int = 1) -> int:
-    """The number of valid ids of an output head `[vocab dim]`, of which k are asked for.
+    """The number of valid ids of output embeddings `[vocab dim]`.
 
     Raises:
-        ValueError: there are not as many.
+        ValueError: `valid_vocab` is above the number of rows, or `k` above the number of valid ids.
     """
     n_rows = weight.shape[0]
     if valid_vocab is not None and not 1 <= valid_vocab <= n_rows:
@@ -394,7 +394,7 @@ def rank_overlap(left: Tensor, right: Tensor, persistence: float, *, n_before: i
         for rank in range(k):  # the table falls, so table[max(a, b)] = min(table[a], table[b])
             torch.index_select(worth, 0, lines[rank], out=common)
             total += common.clamp_(max=worths[rank])
-        # not divided as whole numbers, which torch does in its default dtype
+        # copied before the division: torch divides integers in the default dtype
         relevance[first:, columns].copy_(total[:, :width]).div_(ONE)
     return relevance if n_before is None else relevance.tril_(n_before - 1)
 

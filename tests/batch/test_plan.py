@@ -88,13 +88,13 @@ def test_another_plan_is_refused_with_what_differs(tmp_path: Path, name: str) ->
         settle(changed, output)
 
 
-def test_a_plan_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
-    """It wrote no scales at all where they are the model's own, and the depth of rankings as a number."""
+def test_a_plan_of_an_older_version_is_continued(tmp_path: Path) -> None:
+    """It wrote `()` for the model's own scales, and `top_k` as a number."""
     output = open_output(str(tmp_path))
     settle(make_plan(), output)
     stored = json.loads((tmp_path / PLAN).read_text())
     assert stored["attribution"]["scales"] == [] and stored["attribution"]["top_k"] == 50
-    # as the version before computed it for scales=() and the same options
+    # computed by the previous version for scales=() and the same options
     assert settle(make_plan(attribution=AttributionConfig()), output).id == stored["id"] == "8eb3b720715a"
 
 

@@ -48,7 +48,7 @@ def batch(source: Path, out: Path, engine: Engine, **options: Any) -> Summary:
 
 
 def test_movies_animations_and_sized_parts(tmp_path: Path, inline: Engine, model: Model) -> None:
-    """A movie is a video, an animated picture its first frame with a note; a size that the model cannot follow is a fault."""
+    """A movie is a video, an animated picture its first frame with a note; an unsupported size fails the row."""
     frames = [Image.new("RGB", (64, 48), (40 * k, 90, 200)) for k in range(5)]
     gif, clip = io.BytesIO(), tmp_path / "clip.mp4"
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:])
@@ -71,7 +71,9 @@ def test_movies_animations_and_sized_parts(tmp_path: Path, inline: Engine, model
     assert any("4 of the 5 frames of a video are shown" in note for note in found["movie"].notes)
     assert any("only frame 1 of the 5 frames of a GIF is shown" in note for note in found["gif"].notes)
     told = {id: json.dumps(each) for id, each in failures(tmp_path / "out").items()}
-    assert "has a way of its own to size pictures" in told["sized"] and "cannot be decoded" in told["broken"]
+    assert (
+        "chooses the size of pictures by a rule of its own" in told["sized"] and "cannot be decoded" in told["broken"]
+    )
 
 
 def write_movie(path: Path, frames: Sequence[Image.Image]) -> None:
@@ -132,7 +134,7 @@ def test_a_batch_is_explained_by_the_named_configuration(
 
 
 def test_generated_answers_follow_the_models_configuration(model: Model) -> None:
-    """Rows that are explained together have the answers of transformers itself, one by one."""
+    """Rows explained together get the answers that transformers generates for each alone."""
     config = model.hf_model.generation_config
     before = config.repetition_penalty
     config.repetition_penalty = 3.0
@@ -323,7 +325,7 @@ def test_a_decoder_that_raises_anything_fails_its_row(
 
 @pytest.mark.parametrize("shard_rows", [4, 100])
 def test_a_batch_that_is_given_up_says_why_and_its_counts_add_up(tmp_path: Path, model: Model, shard_rows: int) -> None:
-    """In the first shard as well, of which nothing is published: its failures are in a file all the same."""
+    """Also in the first shard, which is never published: its failures are written to a file."""
     rows = [json.loads(line) for line in write_scenes(tmp_path / "in.jsonl", 40).read_text().splitlines()]
     for k in range(12):
         rows[k] |= {"image": f"none-{k}.png"} if k % 3 else {"prompt": 3}
@@ -332,7 +334,7 @@ def test_a_batch_that_is_given_up_says_why_and_its_counts_add_up(tmp_path: Path,
     def engine(
         job: Job, tasks: Sequence[Task], *, stop: threading.Event
     ) -> Generator[ShardResult | Underway, None, None]:
-        """As the workers of `local.run`: every step is told, in the order they come."""
+        """Reports every step in order, as the workers of `local.run` do."""
         for task in tasks:
             told: list[Underway] = []
             failed: list[Failure] = []
@@ -386,7 +388,7 @@ def test_reasons_count_every_failure_once(errors: list[str]) -> None:
 
 
 @pytest.mark.parametrize("place", ["file", "file/out"])
-def test_an_output_that_cannot_be_made_is_found_out_before_the_inputs_are_read(tmp_path: Path, place: str) -> None:
+def test_an_output_that_cannot_be_made_is_refused_before_inputs_are_read(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(SaveError, match=r"cannot be written: .*file' is a file; choose another --out"):
         batch(tmp_path / "missing.jsonl", tmp_path / place, _refusing)

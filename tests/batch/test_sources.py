@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastattr.batch.reach import reach_of
+from fastattr.batch.reach import read as read_named
 from fastattr.batch.sources import (
     Fault,
     Fields,
@@ -22,7 +25,6 @@ from fastattr.batch.sources import (
     Row,
     find_inputs,
     litter_in_folders,
-    read_image,
     read_rows,
     scan,
 )
@@ -92,15 +94,19 @@ def test_every_row_once_and_in_order(
     ("values", "expected"),
     [
         ({"image": "sub/a.png"}, "{folder}/sub/a.png"),
-        ({"image": "/abs/a.png"}, "/abs/a.png"),
-        ({"image": "memory://b/a.png"}, "memory://b/a.png"),
+        ({"image": "{folder}/abs/a.png"}, "{folder}/abs/a.png"),
+        ({"image": "file://{folder}/a%20b.png"}, "{folder}/a b.png"),
         ({"image": {"path": "a.png", "bytes": None}}, "{folder}/a.png"),
         ({"image": {"base64": base64.b64encode(PICTURE).decode()}}, PICTURE),
         ({"image": "data:image/png;base64," + base64.b64encode(PICTURE).decode()}, PICTURE),
     ],
 )
 def test_images_come_as(tmp_path: Path, values: dict[str, Any], expected: str | bytes) -> None:
-    (found,) = read(write_jsonl(tmp_path / "a.jsonl", [row(**values)]))
+    named = {
+        key: value.replace("{folder}", str(tmp_path)) if isinstance(value, str) else value
+        for key, value in values.items()
+    }
+    (found,) = read(write_jsonl(tmp_path / "a.jsonl", [row(**named)]))
     assert isinstance(found, Row)
     wanted = expected.format(folder=tmp_path) if isinstance(expected, str) else expected
     assert found.images == (wanted,)
@@ -140,18 +146,18 @@ def test_a_conversation_stays_one(tmp_path: Path) -> None:
 
 
 def test_messages_that_hold_their_pictures(tmp_path: Path) -> None:
-    """As OpenAI, transformers and Anthropic write them; what sizes a picture stays in the conversation."""
+    """In the formats of OpenAI, transformers and Anthropic; keys for the size stay in the conversation."""
     encoded = base64.b64encode(PICTURE).decode()
     parts = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}, "max_pixels": 5000},
         {"type": "image", "path": "sub/a.png"},
-        {"type": "image", "url": "file:///abs/a%20b.png"},
+        {"type": "image", "url": f"file://{tmp_path}/abs/a%20b.png"},
         {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": encoded}},
     ]
     asked = [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
     (found,) = read(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "messages": asked}]))
     assert isinstance(found, Row) and isinstance(found.prompt, Chat)
-    assert found.images == (PICTURE, f"{tmp_path}/sub/a.png", "/abs/a b.png", PICTURE)
+    assert found.images == (PICTURE, f"{tmp_path}/sub/a.png", f"{tmp_path}/abs/a b.png", PICTURE)
     assert [dict(part) for part in found.prompt.parts[:2]] == [{"type": "image", "max_pixels": 5000}, {"type": "image"}]
     for bad, told in (
         ([parts[0], {"type": "image"}], "1 of 2 picture parts hold no picture"),
@@ -167,7 +173,7 @@ LITTER = ("._{}", ".DS_Store", "__MACOSX/._{}", "Thumbs.db", "desktop.ini")
 
 
 @pytest.mark.parametrize("shard_rows", [1, 2, 10])
-def test_what_macos_and_windows_leave_in_archives_is_skipped_and_counted(tmp_path: Path, shard_rows: int) -> None:
+def test_files_of_macos_and_windows_in_archives_are_skipped_and_counted(tmp_path: Path, shard_rows: int) -> None:
     files: list[tuple[str, bytes]] = []
     for key in ("000", "001", "002"):
         for part, data in (("png", PICTURE), ("prompt.txt", b"What?"), ("json", b'{"response": "A ring."}')):
@@ -181,7 +187,7 @@ def test_what_macos_and_windows_leave_in_archives_is_skipped_and_counted(tmp_pat
     assert found.n_litter == 9 * len(LITTER)
 
 
-def test_what_they_leave_in_folders_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_files_of_macos_and_windows_in_folders_are_skipped_and_counted(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [row()])
     for name in ("._a.jsonl", "._b.tar", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7")
@@ -199,8 +205,10 @@ def test_what_they_leave_in_folders_is_skipped_and_counted(tmp_path: Path) -> No
         (b"  A\nring. ", "  A\nring. "),
     ],
 )
-def test_text_parts_lose_what_editors_put_around_them(tmp_path: Path, written: bytes, read_as: str) -> None:
-    """A mark of the encoding and the end of the last line are no tokens of a response; in JSON they were meant."""
+def test_text_parts_lose_byte_order_marks_and_trailing_line_breaks(
+    tmp_path: Path, written: bytes, read_as: str
+) -> None:
+    """A byte order mark and the last line break are not part of a response; within JSON they are."""
     files = [("s.png", PICTURE), ("s.prompt.txt", written), ("s.response.txt", written)]
     files += [("t.png", PICTURE), ("t.json", json.dumps({"prompt": "What?\n", "response": "A ring.\n"}).encode())]
     first, second = read(write_tar(tmp_path / "a.tar", files))
@@ -305,7 +313,7 @@ GOOD = b'{"id": "good", "image": "a.png", "prompt": "What?"}\n'
         (b'{"id": %s}' % (b"1" * 5000), None, "a.jsonl row 2 is not JSON"),
         (b'{"id": "a", "prompt": %s}' % (b"[" * 100_000), None, "a.jsonl row 2 is not JSON"),
         (b'{"id": "a", "image": "a.png", "prompt": %s}' % (b"[" * 900 + b"]" * 900), "a", ""),
-        (b'{"id": "good", "image": "b.png", "prompt": "Another?"}', "good", "that of a.jsonl row 1 already"),
+        (b'{"id": "good", "image": "b.png", "prompt": "Another?"}', "good", "already that of a.jsonl row 1"),
     ],
 )
 def test_a_broken_line_is_a_fault_of_its_row(tmp_path: Path, line: bytes, id: str | None, reason: str) -> None:
@@ -320,7 +328,7 @@ def test_a_broken_line_is_a_fault_of_its_row(tmp_path: Path, line: bytes, id: st
 
 def test_equal_ids_of_text_and_number_are_equal(tmp_path: Path) -> None:
     first, second = read(write_jsonl(tmp_path / "a.jsonl", [row(id="1"), row(id=1)]))
-    assert isinstance(first, Row) and isinstance(second, Fault) and "a.jsonl row 1 already" in str(second.error)
+    assert isinstance(first, Row) and isinstance(second, Fault) and "already that of a.jsonl row 1" in str(second.error)
 
 
 def test_an_id_in_two_files_is_a_fault_of_the_second(tmp_path: Path) -> None:
@@ -365,7 +373,7 @@ def test_samples_without_any_picture_or_text_are_named(tmp_path: Path) -> None:
     [
         (b"", "no rows in 'a.jsonl'"),
         (b"\x00\x01\n[1]\n", "none of the first 2 rows of 'a.jsonl' can be read: a.jsonl row 1 is not JSON"),
-        (GOOD * 4, "more than half of the 4 rows have an id that an earlier row has"),
+        (GOOD * 4, "more than half of the 4 rows repeat the id of an earlier row"),
     ],
 )
 def test_files_that_are_refused_as_a_whole(tmp_path: Path, lines: bytes, reason: str) -> None:
@@ -376,7 +384,7 @@ def test_files_that_are_refused_as_a_whole(tmp_path: Path, lines: bytes, reason:
 
 
 def test_text_of_parquet_that_is_not_utf8_is_a_fault_of_its_row(tmp_path: Path) -> None:
-    """In a column of text, as some writers leave it there."""
+    """In a column of type string, as some writers produce it."""
     values = [b"What?", b"\xff\xfe", b"What?"]
     text = pa.array(values, pa.binary()).view(pa.string())
     table = pa.table({"id": ["a", "b", "c"], "image": ["a.png"] * 3, "prompt": text})
@@ -415,7 +423,7 @@ LINES = (
 def test_every_line_is_accounted_for_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], shard_rows: int, ended: bool
 ) -> None:
-    """Whatever the lines hold: each is a row or a fault, in order, and an id is that of one row at most."""
+    """Whatever the lines hold: each is a row or a fault, in order, and no id belongs to two rows."""
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     good = [json.dumps(row(id=f"good {k}")).encode() for k in range(len(lines) + 1)]
     written = [*good, *lines]
@@ -493,7 +501,22 @@ def test_images_from_a_store(tmp_path: Path) -> None:
         file.write(json.dumps(row()).encode())
     (found,) = read("memory://bucket/rows/in.jsonl")
     assert plain(found)[1] == ("memory://bucket/rows/a.png",)
-    assert read_image(plain(found)[1][0]) == PICTURE
-    for missing in ("memory://bucket/none.png", str(tmp_path / "none.png"), "nothing://x"):
-        with pytest.raises(ImageError, match="cannot be read"):
-            read_image(missing)
+    reach = reach_of("memory://bucket/rows")
+    assert read_named(plain(found)[1][0], reach) == PICTURE
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_named("memory://bucket/none.png", reach)
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_named(str(tmp_path / "none.png"), reach_of(str(tmp_path)))
+
+
+@pytest.mark.parametrize("url", ["../../outside.tar", "/etc/x.tar", "https://example.org/a.tar", "x::file:///a.tar", 5])
+def test_an_index_names_only_what_lies_beside_it(tmp_path: Path, url: object) -> None:
+    (tmp_path / "index.json").write_text(json.dumps({"shardlist": [{"url": url}]}))
+    with pytest.raises(DatasetError, match="names a shard that is not in its folder"):
+        find_inputs([str(tmp_path / "index.json")])
+
+
+def test_a_pipe_that_has_the_name_of_an_input_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(DatasetError, match="no regular file"):
+        scan(find_inputs([str(tmp_path)]), Fields(), 2)

@@ -37,7 +37,7 @@ def model() -> fastattr.Model:
 
 
 def prepared(model: fastattr.Model, image: Any = None, prompt: str = PROMPT) -> dict[str, Tensor]:
-    """What a user would pass to `generate`."""
+    """The arguments that a user would pass to `generate`."""
     encoded = adapters.encode(model, read_visuals(picture() if image is None else image), prompt)
     ids = encoded.input_ids[None]
     return {**encoded.model_inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -390,7 +390,10 @@ def test_evidence_needs_the_same_images(model: fastattr.Model) -> None:
     with pytest.raises(fastattr.InputError, match="pass the same as image= that generate was given"):
         states.attribute(out, prompt=PROMPT, evidence=True)
     larger = picture().resize((picture().width * 2, picture().height))
-    with pytest.raises(fastattr.InputError, match="make other inputs than generate was given|generate was given a picture of 6 x 4 cells, which is not its shape"):
+    with pytest.raises(
+        fastattr.InputError,
+        match=r"make other inputs than generate was given|generate was given a picture of 6 x 4 cells, which is not its shape",
+    ):
         states.attribute(out, image=larger, prompt=PROMPT, evidence=True)
 
 

@@ -216,6 +216,24 @@ def test_broken_conversations_say_what_is_wrong(image: Any, messages: Any, told:
         read_prompt(image, messages)
 
 
+BROKEN = "a cat \ud83d"  # as of JSON that was cut within an emoji
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: fastattr.attribute(model, picture(), BROKEN, ANSWER),
+        lambda model: fastattr.attribute(model, picture(), [turn("user", {"type": "image"}, BROKEN)], ANSWER),
+        lambda model: fastattr.attribute(model, picture(), PROMPT, BROKEN),
+        lambda model: fastattr.attribute_batch(model, [(picture(), BROKEN, ANSWER)]),
+        lambda model: fastattr.stream(model, picture(), BROKEN),
+    ],
+)
+def test_text_with_half_a_character_is_refused(qwen: fastattr.Model, ask: Any) -> None:
+    with pytest.raises(fastattr.InputError, match=r"holds '\\ud83d' at character 6, half of a character"):
+        ask(qwen)
+
+
 def test_the_same_word_in_every_turn(model: fastattr.Model) -> None:
     """Each is found in its own turn, in order, and not the template's."""
     chat = Chat([turn("user", IMAGE, "Yes"), turn("assistant", "Yes"), turn("user", "Yes")])
@@ -257,7 +275,7 @@ def test_a_word_of_the_template_does_not_stand_for_a_turn_that_it_leaves_out() -
     why = fastattr.attribute(model, picture(), chat, ANSWER, scales=(1.0,), evidence=False)
     plain = fastattr.attribute(model, picture(), chat[1:], ANSWER, scales=(1.0,), evidence=False)
     assert why.context_tokens == plain.context_tokens and torch.equal(why.image[0], plain.image[0])
-    assert "the chat template leaves out what the system said, 'user', so it is no context" in why.notes
+    assert "the chat template leaves out what the system said, 'user', so it is not context" in why.notes
 
 
 @pytest.mark.parametrize("tools", ["abc", {"a": 1}, 5])

@@ -181,7 +181,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
-    """The help of every command, of subcommands too."""
+    """The help of every command and subcommand."""
     code = (
         "import sys\n"
         "from typer.main import get_command\n"
@@ -214,7 +214,7 @@ LOADING = {
 def test_device_and_dtype_reach_the_model(
     picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    """`load` is asked for them, whichever command loads; nothing is explained here."""
+    """Every command that loads a model passes them to `load`; nothing is explained here."""
     asked: list[tuple[str, dict[str, object]]] = []
 
     def note(name: str, **options: object) -> None:
@@ -229,7 +229,7 @@ def test_device_and_dtype_reach_the_model(
     assert run(monkeypatch, *words, "--device", "cpu", *dtype, *trust) == 2
     expected = {"device": "cpu", "dtype": "bfloat16", "trust_remote_code": True}
     if not dtype:
-        expected = {"device": "cpu", "dtype": "auto"}
+        expected = {"device": "cpu", "dtype": "auto", "trust_remote_code": False}
     assert asked == [("shapes", expected)]
     assert "with shapes on cpu" in (said := capsys.readouterr().err) or "loading shapes on cpu" in said
 
@@ -241,6 +241,7 @@ WRONG = {
     "methods": ("{picture}", "--out", "{folder}/x.png", "--method", "arc", "--method", "tam"),
     "scales": ("{picture}", "--scales", "0"),
     "prompt": ("{picture}", "--prompt", ""),
+    "half a character": ("{picture}", "--prompt", "caf\udce9"),  # as Python reads an argument that is not UTF-8
     "image": ("{folder}/missing.png",),
     "no picture": ("{folder}/notes.txt",),
     "a broken frame": ("{folder}/frames",),
@@ -252,7 +253,7 @@ WRONG = {
 
 @pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("live", [False, True], ids=["whole", "live"])
-def test_what_is_wrong_is_said_before_a_model_is_loaded(
+def test_wrong_requests_are_refused_before_a_model_is_loaded(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], live: bool
 ) -> None:
     monkeypatch.setattr("fastattr.adapters.load", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -269,6 +270,15 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     chosen = [word.format(picture=picture, folder=tmp_path) for word in words]
     assert run(monkeypatch, "explain", *chosen, *(["--live"] if live else [])) == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_conversation_with_a_byte_order_mark(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = [{"type": "image", "image": str(picture)}, {"type": "text", "text": "What?"}]
+    told = tmp_path / "chat.json"
+    told.write_text(json.dumps([{"role": "user", "content": content}]), encoding="utf-8-sig")
+    out = tmp_path / "x.json"
+    assert run(monkeypatch, "explain", "--messages", told, "--response", "a", "--scales", "1", "--out", out) == 0
+    assert json.loads(out.read_text())["prompt"] == "What?"
 
 
 def test_plots_without_matplotlib_are_refused_before_anything_is_judged(
@@ -344,7 +354,7 @@ def test_a_live_explanation_is_that_of_the_whole(
 def test_a_movie_and_a_folder_of_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Named as they are; what systems leave between frames is skipped, and said."""
+    """Given by their names; files of macOS and Windows between frames are skipped, with a message."""
     frames = [scenes.make_scene(SEED + k).image for k in range(4)]
     folder, clip, out = tmp_path / "frames", tmp_path / "clip.mp4", tmp_path / "x.safetensors"
     folder.mkdir()
@@ -364,5 +374,5 @@ def test_a_movie_and_a_folder_of_frames(
     for words, n_frames in (((folder,), 4), ((clip,), 4), (("--messages", told), 2)):
         assert run(monkeypatch, "explain", *words, *options) == 0
         said = capsys.readouterr().err
-        assert ("4 hidden files or files of macOS or Windows were skipped" in said) == (words == (folder,))
+        assert ("skipped 4 hidden files or files of macOS or Windows" in said) == (words == (folder,))
         assert fastattr.Attribution.load(out).pictures[0].shape[0] == n_frames

@@ -90,7 +90,7 @@ def plain(folder: Path) -> Path:
 # --- what is read -----------------------------------------------------------------------------------------------
 
 
-def test_what_macos_and_windows_leave_in_a_folder_is_skipped_and_counted(tmp_path: Path) -> None:
+def test_files_of_macos_and_windows_in_a_folder_are_skipped_and_counted(tmp_path: Path) -> None:
     folder = plain(tmp_path / "mine")
     clean = open_dataset(folder)
     litter = ("images/._a.PNG", "images/._b.webp", "images/Thumbs.db", "masks/.DS_Store", "masks/a/._ball.png")

@@ -31,7 +31,7 @@ def model(kind: str) -> fastattr.Model:
 
 
 def prepared(model: fastattr.Model, seed: int = 0) -> dict[str, Tensor]:
-    """What a user would pass to `generate`."""
+    """The arguments that a user would pass to `generate`."""
     encoded = adapters.encode(model, read_visuals(picture(seed=seed)), PROMPT)
     ids = encoded.input_ids[None]
     return {**encoded.model_inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}

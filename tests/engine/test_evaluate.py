@@ -242,7 +242,7 @@ def test_without_a_noun_there_is_no_table_of_methods(tmp_path: Path, monkeypatch
 
 
 def folder(root: Path, n: int) -> Path:
-    """Pictures with masks and captions, as a user lays them out."""
+    """Pictures with masks and captions, in the layout of a user's folder."""
     for part in ("images", "captions"):
         (root / part).mkdir(parents=True)
     for k in range(n):

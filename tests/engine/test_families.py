@@ -22,6 +22,7 @@ from fastattr.adapters.hooks import decoder_of, interpolated_positions, record_o
 from fastattr.images import read_visuals
 from fastattr.maps import class_activations
 from tests.engine import family_models as tiny
+from tests.engine.families.proof import embeddings_at_image_tokens, inside
 from tests.engine.family_models import ANSWER, PROMPT, TINY, picture
 
 FIXED = ("gemma3",)  # families whose number of image tokens cannot be changed
@@ -198,39 +199,13 @@ def test_a_limit_that_cannot_be_lifted_is_an_error_and_not_another_scale() -> No
 # --- where image tokens lie ------------------------------------------------------------------------------
 
 
-def embeddings_at_image_tokens(
-    model: fastattr.Model, image: Image.Image, scale: float
-) -> tuple[Tensor, adapters.EncodedExample]:
-    """What the decoder is given at the positions of the image, `[image dim]`, in the order of the group."""
-    encoded, response = read(model, image, scale=scale)
-    given: list[Tensor] = []
-
-    def keep(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given.append(kwargs["inputs_embeds"].detach())
-
-    handle = decoder_of(model.hf_model).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        adapters.replay(model, encoded, response)
-    finally:
-        handle.remove()
-    return given[0][0, list(encoded.groups[0].positions)], encoded
-
-
-def inside(length: int, low: float, high: float, index: int, count: int) -> slice:
-    """The pixels well inside cell `index` of `count` between shares `low` and `high`: resampling blurs its border."""
-    cell = length * (high - low) / count
-    start = length * low + index * cell
-    return slice(math.ceil(start + 0.2 * cell), math.floor(start + 0.8 * cell))
-
-
 @pytest.mark.parametrize("size", [(67, 91), (101, 58)], ids=["wide", "tall"])
 def test_a_changed_patch_moves_the_token_at_its_cell(family: str, model: fastattr.Model, size: tuple[int, int]) -> None:
     """Pixels under one grid cell change; among all image tokens the one at that cell must move most."""
     height, width = size
     plain = np.asarray(picture(height, width)) // 4 + 96
     for scale in scales_of(family):
-        before, encoded = embeddings_at_image_tokens(model, Image.fromarray(plain), scale)
-        (group,) = encoded.groups
+        before, group = embeddings_at_image_tokens(model, Image.fromarray(plain), scale)
         _, rows, columns = group.grid
         left, top, right, bottom = group.extent
         cells = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows - 1, columns - 1), (1, columns - 2), (rows - 2, 0)]
@@ -249,8 +224,8 @@ def test_what_llava_crops_away_is_not_seen() -> None:
     held = tiny.llava_clip()
     model = fastattr.wrap(held.hf_model, held.processor)
     plain = np.asarray(picture(64, 128))
-    before, encoded = embeddings_at_image_tokens(model, Image.fromarray(plain), 1.0)
-    left, top, right, bottom = encoded.groups[0].extent
+    before, group = embeddings_at_image_tokens(model, Image.fromarray(plain), 1.0)
+    left, top, right, bottom = group.extent
     assert (left, top, right, bottom) == (0.25, 0.0, 0.75, 1.0)
     planted = plain.copy()
     planted[:, : round(128 * left) - 4] = planted[:, round(128 * right) + 4 :] = 0  # 4: the reach of the resampling
@@ -260,10 +235,10 @@ def test_what_llava_crops_away_is_not_seen() -> None:
 
 def test_frames_of_a_video_keep_their_order(qwen: fastattr.Model) -> None:
     frames = [picture(seed=seed) for seed in range(3)]
-    before, encoded = embeddings_at_image_tokens(qwen, [frames], 1.0)  # type: ignore[arg-type]
-    assert encoded.groups[0].grid == (3, 4, 6)
+    before, group = embeddings_at_image_tokens(qwen, [frames])
+    assert group.grid == (3, 4, 6)
     frames[1] = picture(seed=9)
-    after, _ = embeddings_at_image_tokens(qwen, [frames], 1.0)  # type: ignore[arg-type]
+    after, _ = embeddings_at_image_tokens(qwen, [frames])
     moved = (after - before).norm(dim=1).view(3, -1).amax(dim=1)
     assert moved[1] > 1e-3
     assert moved[[0, 2]].max() == 0
@@ -560,7 +535,7 @@ def test_a_template_that_rewrites_the_prompt(qwen: fastattr.Model) -> None:
 
 
 def test_a_processor_that_reads_something_else(qwen: fastattr.Model) -> None:
-    """Behind the template: what was said is nowhere in the tokens."""
+    """It ignores the template's text, so the prompt is not among the tokens."""
 
     class Deaf(tiny.DuckProcessor):
         def __call__(self, text: Any, images: Any, return_tensors: str = "pt") -> dict[str, Any]:

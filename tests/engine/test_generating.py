@@ -1,4 +1,4 @@
-"""A model gives one answer: that of its own `generate`, however it is asked to explain it."""
+"""Every entry point explains the same answer, that of the model's own `generate`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def qwen() -> fastattr.Model:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """What transformers warns of, also what it would tell once a process."""
+    """Warnings of transformers, including those it gives once per process."""
     records: list[str] = []
 
     class Keep(logging.Handler):
@@ -75,14 +75,14 @@ def told() -> Iterator[list[str]]:
 
 
 def prepared(model: fastattr.Model, seed: int = 0) -> dict[str, Tensor]:
-    """What a user would pass to `generate`."""
+    """The arguments that a user would pass to `generate`."""
     encoded = adapters.encode(model, read_visuals(picture(seed=seed)), PROMPT)
     ids = encoded.input_ids[None]
     return {**encoded.model_inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def by_hand(model: fastattr.Model, seed: int = 0, **options: Any) -> list[int]:
-    """The answer of transformers itself: greedy, never an image placeholder nor a padding row, cut at its first end token."""
+    """The greedy answer of transformers, without image placeholders and padding rows, cut at its first end token."""
     inputs, config = prepared(model, seed), model.hf_model.generation_config
     never = [*model.placeholder_ids, *range(model.head.vocab, len(model.head.weight))]
     never += options.pop("suppress_tokens", config.suppress_tokens) or []
@@ -100,7 +100,7 @@ def by_hand(model: fastattr.Model, seed: int = 0, **options: Any) -> list[int]:
 
 
 def answers(model: fastattr.Model, options: dict[str, Any] | None = None, seed: int = 0) -> list[list[int]]:
-    """Of `attribute`, `stream` and the second row of `attribute_batch`."""
+    """The answers of `attribute`, `stream` and the second row of `attribute_batch`."""
 
     def asked() -> dict[str, Any]:
         torch.manual_seed(0)
@@ -121,12 +121,12 @@ def no_thread() -> bool:
 
 
 def another(plain: list[int]) -> int:
-    """An id that the plain answer does not hold."""
+    """An id that is not in the plain answer."""
     return next(i for i in range(20, 60) if i not in plain)
 
 
 def late(plain: list[int]) -> int:
-    """The id that the plain answer says for the first time latest."""
+    """The id whose first occurrence in the plain answer is the latest."""
     return max(set(plain), key=plain.index)
 
 
@@ -182,8 +182,8 @@ def test_the_models_configuration_is_followed(model: fastattr.Model, name: str) 
 
 
 @pytest.mark.parametrize(("name", "value"), [("min_new_tokens", 10 * N), ("min_length", 10_000)])
-def test_an_answer_that_must_be_longer_than_it_may(model: fastattr.Model, name: str, value: int) -> None:
-    """It is as long as it may be, without the warning of transformers."""
+def test_an_answer_whose_minimum_length_exceeds_its_maximum(model: fastattr.Model, name: str, value: int) -> None:
+    """The answer has the maximum length, without a warning of transformers."""
     plain = by_hand(model)
     config = model.hf_model.generation_config
     config.eos_token_id = plain[0]
@@ -194,7 +194,7 @@ def test_an_answer_that_must_be_longer_than_it_may(model: fastattr.Model, name: 
 
 
 def test_one_answer_of_several(qwen: fastattr.Model) -> None:
-    """The configuration is for sampling three; greedily there is one."""
+    """The configuration asks for three samples; greedy decoding gives one."""
     expected = by_hand(qwen)
     qwen.hf_model.generation_config.do_sample = True
     qwen.hf_model.generation_config.num_return_sequences = 3
@@ -202,7 +202,7 @@ def test_one_answer_of_several(qwen: fastattr.Model) -> None:
 
 
 @pytest.mark.parametrize("changed", [{"max_length": 4096}, {"max_length": 5, "max_new_tokens": 100}])
-def test_transformers_warns_of_nothing(model: fastattr.Model, told: list[str], changed: dict[str, Any]) -> None:
+def test_transformers_gives_no_warning(model: fastattr.Model, told: list[str], changed: dict[str, Any]) -> None:
     expected = by_hand(model)
     told.clear()
     for option, value in {**sampling(model, []), **changed}.items():
@@ -225,7 +225,7 @@ def test_the_configuration_may_change_between_calls(qwen: fastattr.Model) -> Non
 
 
 class Rising(transformers.LogitsProcessor):  # type: ignore[misc]
-    """A grammar that leaves one id at each step."""
+    """A grammar that allows one id at each step."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         forced = torch.full_like(scores, -torch.inf)
@@ -246,7 +246,7 @@ def a_few(_batch: int, _ids: Tensor) -> list[int]:
 
 
 def second_best(hf_model: Any, input_ids: Tensor, generation_config: Any, **inputs: Any) -> Tensor:
-    """Decoding of the user's own, which knows no streamer."""
+    """A user's own decoding function, which does not support streamers."""
     names = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "mm_token_type_ids", "token_type_ids")
     shown = {name: value for name, value in inputs.items() if name in names}
     n_prompt = input_ids.shape[1]
@@ -312,7 +312,7 @@ def test_an_assistant(kind: str, model: fastattr.Model, agrees: bool) -> None:
     assert answers(model, {"assistant_model": assistant}) == [by_hand(model)] * 3
 
 
-def test_an_option_goes_before_the_configuration(qwen: fastattr.Model) -> None:
+def test_an_option_takes_precedence_over_the_configuration(qwen: fastattr.Model) -> None:
     plain = by_hand(qwen)
     config = qwen.hf_model.generation_config
     config.suppress_tokens, config.eos_token_id = plain[:1], another(plain)
@@ -321,7 +321,7 @@ def test_an_option_goes_before_the_configuration(qwen: fastattr.Model) -> None:
     assert answers(qwen, {"eos_token_id": None}) == [plain] * 3  # then it is an ordinary token
 
 
-def test_what_cannot_be_chosen(qwen: fastattr.Model) -> None:
+def test_options_that_fastattr_sets_itself_are_refused(qwen: fastattr.Model) -> None:
     ids = prepared(qwen)["input_ids"]
     refused: list[tuple[dict[str, Any], str]] = [
         (
@@ -368,7 +368,7 @@ def test_what_cannot_be_chosen(qwen: fastattr.Model) -> None:
         fastattr.stream(qwen, picture(), PROMPT, [30], config=LENS, **own)
 
 
-def test_processors_that_generate_drops_are_told(qwen: fastattr.Model) -> None:
+def test_logits_processors_that_generate_ignores_are_an_error(qwen: fastattr.Model) -> None:
     generate = qwen.hf_model.generate
     expected = by_hand(qwen)
     qwen.hf_model.generate = lambda logits_processor=None, **arguments: generate(**arguments)  # as that of Janus
@@ -380,7 +380,7 @@ def test_processors_that_generate_drops_are_told(qwen: fastattr.Model) -> None:
     assert answers(qwen) == [expected] * 3
 
 
-def test_a_streamer_that_is_told_something_else(qwen: fastattr.Model) -> None:
+def test_streamed_ids_must_be_those_that_generate_returns(qwen: fastattr.Model) -> None:
     generate = qwen.hf_model.generate
 
     def changed(**arguments: Any) -> Tensor:
@@ -403,7 +403,7 @@ class Picture(transformers.LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def test_a_processor_that_says_the_placeholder(qwen: fastattr.Model) -> None:
+def test_a_logits_processor_that_forces_the_placeholder(qwen: fastattr.Model) -> None:
     options = {"logits_processor": [Picture(qwen.image_token_id)]}
     with pytest.raises(fastattr.InputError, match=r"holds the image placeholder"):
         fastattr.attribute(qwen, picture(), PROMPT, generate_options=options, **ONE)
@@ -412,7 +412,7 @@ def test_a_processor_that_says_the_placeholder(qwen: fastattr.Model) -> None:
     assert no_thread()
 
 
-def test_an_answer_of_nothing(qwen: fastattr.Model) -> None:
+def test_an_empty_answer(qwen: fastattr.Model) -> None:
     qwen.hf_model.generation_config.eos_token_id = by_hand(qwen)[0]
     with pytest.raises(fastattr.InputError, match="answers nothing to this prompt"):
         fastattr.attribute(qwen, picture(), PROMPT, **ONE)
@@ -423,7 +423,7 @@ def test_an_answer_of_nothing(qwen: fastattr.Model) -> None:
 
 
 def parked(model: fastattr.Model, **options: Any) -> fastattr.streaming.Stream:
-    """A stream that has said two tokens, and waits."""
+    """A stream that has given two tokens and waits."""
     streaming = fastattr.stream(model, picture(), PROMPT, config=LENS, max_new_tokens=N, **options)
     assert next(streaming).index == 0 and next(streaming).index == 1
     assert not no_thread()
@@ -500,7 +500,7 @@ def test_an_error_of_generate_is_raised_where_the_token_is_waited_for(
 
 
 def test_the_two_threads_never_run_at_once(qwen: fastattr.Model) -> None:
-    """Forwards of generate happen while a token is waited for, and no others do."""
+    """Forwards of `generate` happen only while the caller waits for a token."""
     waiting = threading.Event()
     seen: list[bool] = []
 
@@ -520,7 +520,7 @@ def test_the_two_threads_never_run_at_once(qwen: fastattr.Model) -> None:
     handle.remove()
 
 
-def test_what_belongs_to_a_thread_comes_along(qwen: fastattr.Model) -> None:
+def test_thread_local_modes_apply_in_the_thread_of_generate(qwen: fastattr.Model) -> None:
     mark: ContextVar[str] = ContextVar("mark", default="lost")
     seen: list[tuple[Any, ...]] = []
 
@@ -573,7 +573,7 @@ def test_what_belongs_to_a_thread_comes_along(qwen: fastattr.Model) -> None:
 
 
 def test_positions_of_other_sequences_stay_theirs(qwen: fastattr.Model) -> None:
-    """Between two tokens the user generates for another picture, and has a loop of their own under way."""
+    """Between two tokens the user generates for another picture and continues a decoding loop of their own."""
     expected, other = by_hand(qwen), by_hand(qwen, seed=7)
     inner = qwen.hf_model.model
     wide = picture(seed=3).resize((picture().width * 2, picture().height))
@@ -600,7 +600,7 @@ def test_two_streams_of_one_model_take_turns(model: fastattr.Model) -> None:
 
 
 def test_a_program_ends_while_a_stream_waits() -> None:
-    """The thread stands still, and nobody waits for it at exit."""
+    """The interpreter exits without waiting for the paused thread."""
     script = (
         "import fastattr\n"
         "from fastattr.demo.scenes import make_scene\n"
@@ -617,7 +617,7 @@ def test_a_program_ends_while_a_stream_waits() -> None:
 
 
 def test_a_capture_sees_what_its_user_runs(qwen: fastattr.Model) -> None:
-    """Not what fastattr runs itself inside the block."""
+    """Forwards that fastattr runs inside the block are not captured."""
     inputs = prepared(qwen)
     start = inputs["input_ids"].shape[1]
     with fastattr.capture(qwen) as states:
@@ -690,7 +690,7 @@ def test_one_rule_cuts_the_end(qwen: fastattr.Model, ids: list[int], left: list[
         said = [step.token_id for step in streaming]
         assert [*whole.token_ids] == [*batch[0].token_ids] == [*streaming.attribution().token_ids] == said == left
     elif ids:
-        with pytest.raises(fastattr.InputError, match=r"holds the end tokens \[40, 41\] alone"):
+        with pytest.raises(fastattr.InputError, match=r"holds only the end tokens \[40, 41\]"):
             fastattr.attribute(qwen, picture(), PROMPT, ids, **ONE)
         assert list(fastattr.stream(qwen, picture(), PROMPT, ids, config=LENS)) == []
 
@@ -715,8 +715,8 @@ def test_ends_may_be_a_tensor_and_belong_to_the_call(qwen: fastattr.Model) -> No
 
 
 @pytest.mark.parametrize("where", ["model", "argument", "configuration", "positional"])
-def test_a_captured_end_is_no_word(model: fastattr.Model, where: str) -> None:
-    """What is explained of a captured answer is what `attribute` explains, whoever named its end tokens."""
+def test_end_tokens_of_a_captured_answer_are_not_explained(model: fastattr.Model, where: str) -> None:
+    """A captured answer is cut where `attribute` cuts it, wherever its end tokens are configured."""
     plain = by_hand(model)
     end = late(plain)
     expected = plain[: plain.index(end)]
@@ -749,7 +749,7 @@ def test_a_captured_end_is_no_word(model: fastattr.Model, where: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-def test_a_captured_answer_of_nothing(qwen: fastattr.Model) -> None:
+def test_an_empty_captured_answer(qwen: fastattr.Model) -> None:
     inputs, first = prepared(qwen), by_hand(qwen)[0]
     never = [*qwen.placeholder_ids, *range(qwen.head.vocab, len(qwen.head.weight))]
     asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": N, "suppress_tokens": never}
@@ -777,7 +777,7 @@ def test_tokens_of_a_streamer_end_where_the_answer_ends(qwen: fastattr.Model) ->
 def test_one_pass_over_the_vocabulary_a_token(
     qwen: fastattr.Model, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all scales and the blanked image together, one matrix product with the output embeddings."""
+    """All scales and the blanked image share one matrix product with the output embeddings."""
     passes: list[tuple[str, int]] = []
 
     def count(name: str) -> None:

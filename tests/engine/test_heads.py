@@ -63,7 +63,7 @@ class BrokenQwen(transformers.Qwen2VLForConditionalGeneration):  # type: ignore[
         (lambda: len(), "TypeError: len\\(\\) takes exactly one argument"),  # type: ignore[call-arg]
     ],
 )
-def test_a_class_that_fails_by_itself_is_refused_with_its_release(mistake: Callable[[], Any], told: str) -> None:
+def test_a_class_whose_forward_fails_is_refused_with_its_release(mistake: Callable[[], Any], told: str) -> None:
     held = tiny.qwen2_vl()
     held.hf_model.__class__ = BrokenQwen
     held.hf_model.mistake = mistake
@@ -72,7 +72,7 @@ def test_a_class_that_fails_by_itself_is_refused_with_its_release(mistake: Calla
         fastattr.wrap(held.hf_model, held.processor)
 
 
-def test_memory_that_is_short_is_no_mistake_of_the_class() -> None:
+def test_running_out_of_memory_is_not_a_failure_of_the_class() -> None:
     def short() -> None:
         raise torch.OutOfMemoryError("not enough")
 

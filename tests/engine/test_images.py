@@ -129,7 +129,7 @@ def test_a_transparent_grey_of_a_png(depth: int, row: bytes, clear: int, grey: l
 
 
 def test_a_transparent_colour_of_sixteen_bits_is_refused() -> None:
-    """Pillow reads 8 bits of each, in which both pixels are the same colour."""
+    """Pillow keeps 8 bits of each channel, in which both pixels have the same colour."""
     row = struct.pack(">6H", 0x1234, 0, 0, 0x12FF, 0, 0)
     with pytest.raises(
         fastattr.ImageError, match="PNG of 16 bits a colour with a transparent colour; convert it to RGBA"
@@ -151,12 +151,12 @@ def test_a_ppm_of_sixteen_bits() -> None:
     assert pixels(b"P5 2 1 65535\n" + struct.pack(">HH", 0x7F80, 0xFFFF))[0, :, 0].tolist() == [0x7F, 0xFF]
 
 
-def test_whole_numbers_of_no_known_range_are_refused_alike() -> None:
-    """200 of 255, or of two milliards? In an array, in mode I, in a TIFF of 32 bits."""
+def test_integers_without_a_known_range_are_refused() -> None:
+    """The value of white is unknown in an integer array, in mode I and in a 32-bit TIFF."""
     values = np.full((4, 4), 200, np.int32)
     for form, told in (
         (values, "is int32, expected uint8"),
-        (Image.fromarray(values), "the PIL image is of mode I, whole numbers of 32 bits"),
+        (Image.fromarray(values), "the PIL image is of mode I \\(32-bit integers\\)"),
         (Image.new("L", (4, 4), 200).convert("I"), "mode I"),
         (encoded(Image.fromarray(values), "TIFF"), "mode I"),
     ):
@@ -169,7 +169,7 @@ COLOURS = np.array([[(250, 20, 30), (10, 200, 40), (30, 40, 220), (120, 130, 140
 
 @pytest.mark.parametrize(("mode", "error"), [("CMYK", 0), ("YCbCr", 2), ("HSV", 5), ("RGBX", 0), ("LAB", 12)])
 def test_other_colour_spaces(mode: str, error: int) -> None:
-    """Colours that were converted there come back, but for rounding."""
+    """Converting there and back gives the colours, up to rounding."""
     image = Image.fromarray(COLOURS)
     if mode == "LAB":
         to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
@@ -182,7 +182,7 @@ def test_other_colour_spaces(mode: str, error: int) -> None:
 
 
 def test_modes_with_transparency_over_white() -> None:
-    """Half clear black is middle grey, whether alpha was multiplied in before or not, and whatever the mode."""
+    """Half-transparent black is middle grey, with premultiplied alpha or not, in every mode."""
     for mode in ("LA", "La", "RGBA", "RGBa", "PA"):
         colour = (0, 128) if mode in ("LA", "La", "PA") else (0, 0, 0, 128)
         assert pixels(Image.new(mode, (1, 1), colour))[0, 0].tolist() == [127] * 3, mode
@@ -206,6 +206,44 @@ def test_sixteen_bits_of_grey_become_eight() -> None:
 def test_cmyk() -> None:
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     np.testing.assert_allclose(pixels(encoded(image, "JPEG"))[4, 4], RED, atol=3)
+
+
+def tiff(bits: int, photometric: int, row: bytes, *, width: int, sample_format: int = 1) -> bytes:
+    """One uncompressed row of grey. Pillow cannot write these."""
+    fields = [(256, 4, width), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 8)]
+    fields += [(277, 3, 1), (278, 4, 1), (279, 4, len(row)), (339, 3, sample_format)]
+    row += b"\0" * (len(row) % 2)
+    tags = b"".join(
+        struct.pack("<HHI", tag, kind, 1) + struct.pack("<I" if kind == 4 else "<Hxx", value)
+        for tag, kind, value in fields
+    )
+    return b"II*\0" + struct.pack("<I", 8 + len(row)) + row + struct.pack("<H", len(fields)) + tags + b"\0" * 4
+
+
+GREY = [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "row"),
+    [
+        (8, 1, bytes(GREY)),
+        (12, 1, bytes([0x00, 0x04, 0x00, 0x80, 0x0F, 0xFF])),  # 0, 0x400, 0x800 and 0xfff
+        (16, 1, struct.pack("<4H", 0, 0x4000, 0x8000, 0xFFFF)),
+        (32, 3, struct.pack("<4f", 0, 64 / 255, 128 / 255, 1)),
+    ],
+)
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_grey_of_a_tiff(white_is_zero: bool, bits: int, sample_format: int, row: bytes, opened: bool) -> None:
+    data = tiff(bits, 0 if white_is_zero else 1, row, width=4, sample_format=sample_format)
+    if white_is_zero and bits == 12:  # Pillow reads no such file
+        with pytest.raises(fastattr.ImageError):
+            read_image(data)
+        return
+    image = Image.open(io.BytesIO(data)) if opened else data
+    expected = [255 - grey for grey in GREY] if white_is_zero else GREY
+    for _ in range(2):  # Pillow forgets how a picture lies in its file once it is decoded
+        assert np.abs(pixels(image)[0, :, 0].astype(int) - expected).max() <= 1
 
 
 def test_float_tiff() -> None:
@@ -239,8 +277,8 @@ def test_exif_orientation(tmp_path: Path, orientation: int, corner: tuple[int, i
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF"])
-def test_a_pil_image_is_left_as_it_lies(orientation: int, kind: str) -> None:
-    """transformers' processors read its pixels and not its tags, so that is what the model sees."""
+def test_the_orientation_of_a_pil_image_is_ignored(orientation: int, kind: str) -> None:
+    """transformers' processors read its pixels and ignore its tags, so the model sees them unturned."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(tiny.picture(16, 48), kind, exif=exif)
@@ -253,7 +291,7 @@ def test_a_pil_image_is_left_as_it_lies(orientation: int, kind: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_tiff_is_turned_once(orientation: int) -> None:
-    """Pillow itself turns it as it loads it."""
+    """Pillow itself turns it when it is loaded."""
     data = encoded(tiny.picture(16, 48), "TIFF", tiffinfo={0x0112: orientation})
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert expected.shape == ((48, 16, 3) if orientation >= 5 else (16, 48, 3))
@@ -363,7 +401,7 @@ DAMAGED = (
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_is_a_picture_or_an_image_error(kind: str, data: st.DataObject) -> None:
-    """Bytes are changed, cut off, left out and put in, of pictures and of sequences of them."""
+    """Bytes of pictures and animations are changed, cut off, removed and inserted."""
     modes = {"JPEG": ("RGB", "CMYK"), "MPO": ("RGB",), "GIF": ("P",), "QOI": ("RGB", "RGBA"), "AVIF": ("RGB", "RGBA")}
     mode = data.draw(st.sampled_from(modes.get(kind, ("RGB", "L"))))
     exif = (
@@ -398,7 +436,7 @@ def test_a_damaged_file_is_a_picture_or_an_image_error(kind: str, data: st.DataO
 
 
 def test_memory_errors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch tries smaller parts after one; a picture that is at fault would be skipped."""
+    """After a MemoryError a batch tries smaller parts; an ImageError would fail the row."""
 
     def load(self: Any, *_: Any) -> None:
         raise MemoryError("no room")

@@ -30,7 +30,7 @@ def explain(model: fastattr.Model) -> fastattr.Attribution:
 
 @torch.no_grad()
 def log_probs(model: fastattr.Model) -> Tensor:
-    """Of the answer, from the logits of one ordinary forward."""
+    """Log-probabilities of the answer, from the logits of one ordinary forward."""
     encoded = adapters.encode(model, read_visuals(picture()), PROMPT)
     said = adapters.encode_response(model, ANSWER)
     ids = torch.cat([encoded.input_ids, said])[None]
@@ -52,7 +52,7 @@ def wrapped(held: Tiny) -> fastattr.Model:
 
 
 def lora(held: Tiny, *targets: str, seed: int = 3) -> Any:
-    """Adapters with weights that matter, in eval mode."""
+    """Adapters whose weights change the output, in eval mode."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, lora_alpha=32)
     return peft.get_peft_model(held.hf_model, config).eval()
@@ -217,7 +217,7 @@ def test_a_part_in_training_mode_counts_where_it_drops_something() -> None:
 
 @pytest.mark.parametrize("entry", ["attribute", "attribute_batch", "stream", "capture"])
 @pytest.mark.parametrize("raw", [True, False], ids=["a transformers model", "a name"])
-def test_what_is_not_wrapped(entry: str, raw: bool) -> None:
+def test_models_that_are_not_wrapped_are_refused(entry: str, raw: bool) -> None:
     given: Any = tiny.qwen2_vl().hf_model if raw else "shapes"
     how = r"fastattr.wrap\(hf_model, processor\)" if raw else r"fastattr.load\('shapes'\)"
     with pytest.raises(fastattr.InputError, match=f"expected a fastattr.Model; wrap it first: {how}"):
@@ -328,7 +328,7 @@ def test_an_adapter_that_is_switched_after_generate() -> None:
     adapted.set_adapter("other")
     adapted.eval()
     assert torch.equal(states.attribute(out, prompt=PROMPT).log_prob, right.log_prob)  # needs no forward
-    with pytest.raises(fastattr.InputError, match="other adapters act on the model than when generate ran"):
+    with pytest.raises(fastattr.InputError, match="other adapters are active than when generate ran"):
         states.attribute(out, image=picture(), prompt=PROMPT, evidence=True)
     adapted.set_adapter("default")
     adapted.eval()
@@ -348,7 +348,7 @@ def test_a_head_that_is_replaced_after_generate() -> None:
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # of PEFT
 @pytest.mark.parametrize("config", PROMPT_LEARNING[:2], ids=lambda config: config.peft_type.value)
 def test_a_capture_sees_virtual_tokens(config: Any) -> None:
-    """The base model is wrapped and the tuned one generates, so that nothing is to be seen before."""
+    """The base model is wrapped and the tuned one generates, so that `wrap` cannot notice."""
     held, tuned = prompt_tuned(config)
     model = wrapped(held)
     states, out = generated(model, tuned)
@@ -357,7 +357,7 @@ def test_a_capture_sees_virtual_tokens(config: Any) -> None:
 
 
 def test_a_capture_sees_a_cache_of_unknown_tokens() -> None:
-    """As prefix tuning makes one, or a loop of the user's own that goes on from an earlier turn."""
+    """As in prefix tuning, or in a user's own loop that continues from an earlier turn."""
     held = tiny.qwen2_vl()
     model = wrapped(held)
     prefix, ids = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9]])
@@ -367,7 +367,7 @@ def test_a_capture_sees_a_cache_of_unknown_tokens() -> None:
         with fastattr.capture(model) as states:
             logits = held.hf_model(input_ids=ids, **{CACHE: cache}, use_cache=True).logits
     out = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
-    with pytest.raises(fastattr.InputError, match="read 2 tokens after 3 in its cache, but it was given 2"):
+    with pytest.raises(fastattr.InputError, match="read 2 tokens after 3 in its cache, but generate was given 2 ids"):
         states.attribute(out)
 
 
@@ -412,7 +412,7 @@ def test_a_tokenizer_whose_ids_have_gaps() -> None:
     full = len(tokenizer)
 
     class Sparse:
-        """The same tokens, a fifth of them unknown, none of which the texts here hold."""
+        """The same tokens without a fifth of them; the texts here use none of those."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)

@@ -1,4 +1,4 @@
-"""What PyTorch is told beside us: autocast, default dtype and device, inference mode, offloaded weights."""
+"""Global settings of PyTorch: autocast, default dtype and device, inference mode, offloaded weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def check_equal(one: fastattr.Attribution, other: fastattr.Attribution, toleranc
 def test_another_default_dtype_changes_nothing(model: fastattr.Model, dtype: torch.dtype) -> None:
     right, right_stream = explain(model), streamed(model)
     with default_dtype(dtype):
-        # models make position and mask numbers in it, so that their own rounding may differ
+        # models compute positions and masks in it, so their own rounding may differ
         check_equal(explain(model), right, 1e-5)
         check_equal(streamed(model), right_stream, 1e-5)
 
@@ -161,7 +161,7 @@ def test_products_ignore_autocast() -> None:
 
 
 def test_the_model_reads_under_autocast_as_it_generates() -> None:
-    """States are those of the caller's autocast; what the head makes of them is not rounded again."""
+    """States are those of the caller's autocast; products with the head are not rounded again."""
     held = tiny.qwen2_vl()
     model = fastattr.wrap(held.hf_model, held.processor)
     encoded = adapters.encode(model, read_visuals(picture()), PROMPT)
@@ -283,7 +283,7 @@ def test_weights_on_the_disk_are_read_when_they_are_needed(tmp_path: Path) -> No
 
 
 def test_captured_states_go_where_the_head_is(qwen: fastattr.Model) -> None:
-    """As where a device map puts the embeddings on one GPU and the head on another."""
+    """As with a device map that puts the embeddings on one GPU and the head on another."""
     states, out = generated(qwen)
     far = replace(qwen.head, weight=qwen.head.weight.to("meta"))
     states._reading = replace(states._reading, head=far)
@@ -295,7 +295,7 @@ def test_captured_states_go_where_the_head_is(qwen: fastattr.Model) -> None:
     assert reading.hidden_states.device == reading.input_ids.device == torch.device("meta")
 
 
-def test_nothing_of_ours_stays_on() -> None:
+def test_hooks_and_modes_are_removed() -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         held = tiny.qwen2_vl()

@@ -1,4 +1,4 @@
-"""A name is one configuration wherever it is said, and what cannot be done is refused before a model runs."""
+"""A name is the same configuration everywhere, and unsupported ones are refused before a model runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEED = 10_000_003
 ANSWER = "A large blue star."
 SCENE = make_scene(SEED)
 
-# what the names stand for, written out
+# the options that the names stand for
 EXPLICIT: dict[str, dict[str, Any]] = {
     "lens": {"method": "lens", "scales": (1.0,), "filter": False},
     "tam": {"method": "tam", "scales": (1.0,)},
@@ -46,7 +46,7 @@ def shapes() -> fastattr.Model:
 
 @pytest.fixture(scope="module")
 def expected(shapes: fastattr.Model) -> dict[str, fastattr.Attribution]:
-    """What `attribute` makes of the options written out."""
+    """The attributions by the options that the names stand for."""
     return {
         name: fastattr.attribute(shapes, SCENE.image, PROMPT, ANSWER, AttributionConfig(**options))
         for name, options in EXPLICIT.items()
@@ -62,7 +62,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unread(shapes: fastattr.Model) -> Iterator[fastattr.Model]:
-    """A model that must not be run."""
+    """A model that fails when it is run."""
 
     def run(_module: nn.Module, _args: Any) -> None:
         raise AssertionError("the model ran")
@@ -134,7 +134,7 @@ def test_names_are_equal_where_the_maps_are(one: AttributionConfig, other: Attri
 
 
 @given(CONFIGS)
-def test_a_configuration_stays_as_it_is(config: AttributionConfig) -> None:
+def test_a_configuration_is_returned_unchanged(config: AttributionConfig) -> None:
     assert configure(config) == config
     stored = json.loads(json.dumps({each.name: getattr(config, each.name) for each in fields(config)}))
     assert from_saved(stored) == config
@@ -158,7 +158,9 @@ def test_a_configuration_stays_as_it_is(config: AttributionConfig) -> None:
         ("arc", {"scales": ()}, "scales is empty, expected at least one number"),
     ],
 )
-def test_what_is_no_configuration_says_what_is(config: Any, changes: Any, message: str, unread: fastattr.Model) -> None:
+def test_wrong_configurations_are_named_in_the_error(
+    config: Any, changes: Any, message: str, unread: fastattr.Model
+) -> None:
     with pytest.raises(InputError, match=message):
         configure(config, changes)
     with pytest.raises(InputError, match=message):
@@ -253,7 +255,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 @pytest.mark.parametrize("family", ["gemma3", "idefics3"])
 @pytest.mark.parametrize("name", ["arc", "best"])
 def test_models_of_one_scale(family: str, name: str) -> None:
-    """Their own is the one scale that they can be shown, in `attribute`, batches and evaluation."""
+    """Their only scale is 1, in `attribute`, batches and evaluation."""
     held = family_models.TINY[family]()
     model = fastattr.wrap(held.hf_model, held.processor)
     assert model.scales == (1.0,)
@@ -267,14 +269,14 @@ def test_models_of_one_scale(family: str, name: str) -> None:
 # --- refused before a model runs --------------------------------------------------------------------------
 
 
-def test_what_a_stream_cannot_do(unread: fastattr.Model) -> None:
+def test_configurations_that_a_stream_refuses(unread: fastattr.Model) -> None:
     with pytest.raises(InputError, match="regions=6 needs the whole response; stream with regions=0"):
         fastattr.stream(unread, SCENE.image, PROMPT, [5], "best")
     with pytest.raises(InputError, match="compat='tam' is for attribute_states"):
         fastattr.stream(unread, SCENE.image, PROMPT, [5], "tam", compat="tam")
 
 
-def test_what_attribute_cannot_do(unread: fastattr.Model) -> None:
+def test_configurations_that_attribute_refuses(unread: fastattr.Model) -> None:
     with pytest.raises(InputError, match="regions=6 weighs all maps at once; leave memory_limit out"):
         fastattr.attribute(unread, SCENE.image, PROMPT, ANSWER, "best", memory_limit=10**9)
     with pytest.raises(InputError, match="compat='tam' is for attribute_states"):
@@ -286,14 +288,16 @@ def test_what_attribute_cannot_do(unread: fastattr.Model) -> None:
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ("best", {}, "regions=6 hides parts of the images and asks the model again; use attribute"),
+        ("best", {}, "regions=6 hides parts of the images and needs more forwards of the model; use attribute"),
         ("arc@1+2", {}, r"scales are \(1.0, 2.0\), but only the scale that the model saw, 1, was captured"),
         ("tam@2", {}, r"scales are \(2.0,\)"),
         ("arc", {"layer": -2}, "layer=-2, but the states are those of the last layer"),
         ("tam", {"compat": "tam"}, "compat='tam' is for attribute_states"),
     ],
 )
-def test_what_captured_states_cannot_say(unread: fastattr.Model, config: str, changes: Any, message: str) -> None:
+def test_configurations_that_captured_states_refuse(
+    unread: fastattr.Model, config: str, changes: Any, message: str
+) -> None:
     from fastattr.adapters.capturing import CapturedStates
 
     with pytest.raises(InputError, match=message):
@@ -303,14 +307,14 @@ def test_what_captured_states_cannot_say(unread: fastattr.Model, config: str, ch
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ("arc", {}, "scales is None, the model's own, but only you know .*config='arc@1' or scales=\\(1.0,\\)"),
+        ("arc", {}, "scales is None, the model's own, but there is no model here.*config='arc@1' or scales=\\(1.0,\\)"),
         ("best@1", {}, "regions=6 hides parts of the images"),
-        ("tam", {"evidence": True}, "evidence=True blanks the images and asks the model"),
+        ("tam", {"evidence": True}, "evidence=True needs a forward of the model with the images blanked"),
         ("tam", {"layer": 3}, "layer=3, but the states are those of the last layer"),
         ("tam@1+2", {}, r"got 1 hidden_states, 1 input_ids and 1 layouts for 2 scales \(1.0, 2.0\)"),
     ],
 )
-def test_what_states_cannot_say(config: str, changes: Any, message: str) -> None:
+def test_configurations_that_attribute_states_refuses(config: str, changes: Any, message: str) -> None:
     layout = fastattr.TokenLayout.from_spans(images=[(0, 4, (1, 2, 2))], prompt=[(4, 5)], response=(5, 8))
     with pytest.raises(InputError, match=message):
         fastattr.attribute_states(torch.randn(7, 6), torch.randn(9, 6), torch.arange(8), layout, config, **changes)
@@ -350,12 +354,12 @@ def test_the_command_line_checks_first(
     assert [path.name for path in tmp_path.iterdir()] == ["scene.png"]
 
 
-def test_the_command_line_says_what_it_shows(
+def test_the_command_line_prints_the_name_of_the_configuration(
     picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("explain", picture, "--response", "A star.", "--out", tmp_path / "x.html")
     assert run(monkeypatch, *words, "--method", "tam@1+1.5", "--method", "lens") == 0
-    assert "\nmethod: tam@1+1.5; beside it in the report: lens\n" in capsys.readouterr().out
+    assert "\nmethod: tam@1+1.5; also in the report: lens\n" in capsys.readouterr().out
     assert run(monkeypatch, *words, "--scales", "1", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["configuration"], shown["method"], shown["scales"]) == ("arc@1", "arc", [1.0])

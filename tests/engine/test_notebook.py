@@ -1,4 +1,4 @@
-"""What a notebook shows and what a data scientist types: tokens by index, pictures of words, figures, tables."""
+"""Use in notebooks: tokens by index, pictures of words, figures, tables."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_tokens_are_indexed_and_sliced_as_a_list_is(words: list[str], data: st.D
 
 
 @pytest.mark.parametrize("asked", [True, 1.0, None, (1, 2), slice(0, 3, 2), slice("a", "b")])
-def test_what_selects_nothing_is_said(asked: object) -> None:
+def test_wrong_selections_are_named_in_the_error(asked: object) -> None:
     with pytest.raises(InputError, match="select"):
         make_attribution(WORDS)[asked]  # type: ignore[index]
 
@@ -106,7 +106,7 @@ def test_a_selection_of_several_pictures_videos_or_none() -> None:
     assert max(shown.shape[:2]) == 448
 
 
-def test_text_in_a_cell_is_no_markup() -> None:
+def test_text_in_a_cell_is_escaped() -> None:
     cell = make_attribution(("<script>alert(1)</script>",))[0]._repr_html_()
     assert "<script" not in cell and "&lt;script&gt;" in cell
 
@@ -175,6 +175,6 @@ def test_a_table_has_a_row_a_token() -> None:
         assert (table["box_0"][i], table["box_1"][i]) == token.boxes
 
 
-def test_a_table_of_what_was_not_measured() -> None:
+def test_a_table_without_evidence() -> None:
     table = make_attribution(WORDS, pictures=False, evidence=False).to_frame()
     assert table["evidence"].isna().all() and table["box_0"].isna().all() and table["explained"].all()

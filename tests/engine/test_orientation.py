@@ -1,4 +1,4 @@
-"""The picture under the map is the picture the model saw, however it lies in its file and however it was given.
+"""The picture under the map is the picture the model saw, whatever its EXIF orientation and however it was given.
 
 A magenta block is planted in a picture that is wider than high. What moves most at the model's image tokens must be the
 cell that covers the block on the picture of the attribution.
@@ -91,7 +91,7 @@ def test_the_cell_over_the_block_is_the_one_that_moves(
 
 
 def generated(model: fastattr.Model, image: Image.Image, **options: Any) -> tuple[Any, torch.Tensor]:
-    """The user's own processor and `generate`, with the PIL image as it is."""
+    """The user's own processor and `generate`, given the PIL image unchanged."""
     content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
     messages = [{"role": "user", "content": content}]
     text = model.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -118,7 +118,7 @@ def test_a_capture_is_explained_on_the_picture_the_processor_was_given(
     torch.testing.assert_close(why.image[0], again.image[0], rtol=1e-3, atol=1e-3)
     if orientation < 5:  # the same shape; that the file says otherwise is noted
         noted = states.attribute(out, image=data, prompt=PROMPT)
-        assert any("turned upright" in note for note in noted.notes) == (orientation != 1)
+        assert any("EXIF orientation" in note for note in noted.notes) == (orientation != 1)
     else:
         with pytest.raises(
             fastattr.InputError, match="6 x 4 cells, which is not its shape, but it is that of the picture"
@@ -153,7 +153,7 @@ def test_a_picture_of_another_shape_is_refused(family: str, height: int, width: 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "mistral3", "llava_clip"])
 def test_every_picture_fits_its_own_grid(family: str) -> None:
-    """Also long, thin and small ones, whose sides are rounded most, and where the grid has always one shape."""
+    """Also long and small ones, which are rounded most, and families whose grid has a fixed shape."""
     held = TINY[family]()
     model = fastattr.wrap(held.hf_model, held.processor)
     for height, width in ((33, 47), (36, 200), (200, 36), (250, 260), (40, 300)):
@@ -188,7 +188,7 @@ def test_log_records_show_what_the_model_saw(model: fastattr.Model, explain: str
         shown = why.pictures[0][0]
         assert (shown.shape[0] // CELL, shown.shape[1] // CELL) == expected[id]
         turned = int(id[-1]) != 1 and id.split()[0] in ("bytes", "path")
-        assert any("turned upright" in note for note in why.notes) == turned
+        assert any("EXIF orientation" in note for note in why.notes) == turned
         upright = np.asarray(Image.open(io.BytesIO(photo(1))))
         back = Image.fromarray(shown)
         if turned:  # undone by hand, EXIF 2.3
@@ -199,7 +199,7 @@ def test_log_records_show_what_the_model_saw(model: fastattr.Model, explain: str
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_masks_of_a_data_set_lie_on_the_upright_picture(orientation: int, tmp_path: Path) -> None:
-    """Masks that were drawn upright, and masks that were written by the same camera as the picture."""
+    """Masks drawn on the turned picture, and masks with the same EXIF orientation as the picture."""
     for folder in ("images", "masks/a"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "images" / "a.png").write_bytes(photo(orientation))

@@ -1,4 +1,4 @@
-"""Parts of messages as people write them: whose sources are read, and whose sizes and times reach the model."""
+"""Parts of messages in every supported format: their sources are read, and sizes and times reach the model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"type": "image", "source": {"type": "url", "url": URL}, "cache_control": {"type": "ephemeral"}},
         {"type": "image", "image": PICTURE, "id": "a", "uuid": "b"},
     ],
-    ids=str,
+    ids=lambda part: "-".join(str(part["type"] if key == "type" else key) for key in part),
 )
 def test_every_way_to_write_a_picture_is_the_same_picture(part: dict[str, Any], path: Path) -> None:
     named = {"PATH": str(path), "FILE": path.as_uri()}
@@ -154,7 +154,7 @@ def test_frames_arrays_and_files_of_videos() -> None:
             {"type": "video", "video": [PICTURE], "fps": 2, "nframes": 4},
             "fps is 2 and nframes is 4, expected one of them",
         ),
-        ({"type": "video", "video": [PICTURE], "nframes": 4, "num_frames": 4}, "say the same"),
+        ({"type": "video", "video": [PICTURE], "nframes": 4, "num_frames": 4}, "mean the same"),
         (
             {"type": "video", "video": [PICTURE], "video_start": 2, "video_end": 1},
             "expected 0 <= video_start < video_end",
@@ -169,11 +169,11 @@ def test_frames_arrays_and_files_of_videos() -> None:
             r"holds the part \{'type': 'audio'.* of no known type, expected .*input_image",
         ),
         ({"image": PICTURE}, "of no known type"),
-        ("a.png", "expected parts, mappings with a type"),
+        ("a.png", "expected parts: mappings with a type"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_what_cannot_be_followed_is_refused_by_name(part: Any, told: str) -> None:
+def test_unsupported_keys_are_refused_by_name(part: Any, told: str) -> None:
     with pytest.raises(fastattr.InputError, match=told):
         read_prompt(None, messages(part))
 
@@ -202,7 +202,7 @@ def wrapped(kind: str) -> fastattr.Model:
 def test_a_picture_is_shown_at_the_size_its_part_asks_for(
     kind: str, options: dict[str, int], size: tuple[int, int]
 ) -> None:
-    """What the processor makes of the picture at that size, by hand; its neighbour stays as it is."""
+    """Compared with the processor on the picture resized by hand; the other picture is not changed."""
     model = wrapped(kind)
     part = {"type": "image", "image": PICTURE, **options}
     visuals, chat = read_prompt(None, messages(part, {"type": "image", "image": picture(48, 48)}))
@@ -273,7 +273,7 @@ def test_families_that_size_pictures_otherwise_refuse(family: str) -> None:
 
 
 def test_a_captured_picture_of_a_size_of_its_own() -> None:
-    """Squeezed by the user's own processing, as the part says; without it the shapes would not fit."""
+    """The user resizes it to another aspect ratio, as the part says; without the part it would not fit the grid."""
     model = wrapped("qwen2_5_vl")
     part = {"type": "image", "resized_height": 64, "resized_width": 32}
     example = adapters.encode(model, *read_prompt(PICTURE, messages(part)))
@@ -294,7 +294,7 @@ def test_a_captured_picture_of_a_size_of_its_own() -> None:
 @pytest.mark.parametrize("kind", list(JOINT))
 @pytest.mark.parametrize(("n", "fps"), [(4, 2.0), (5, 0.5), (8, 29.97)])
 def test_the_model_reads_the_seconds_that_transformers_processor_writes(kind: str, n: int, fps: float) -> None:
-    """transformers' own processor, called by hand with the metadata of these frames; and ours, told by the part."""
+    """Compared with transformers' own processor, called by hand with the metadata of these frames."""
     held = getattr(tiny_qwen, kind)()
     joint = real(JOINT[kind], held.processor)
     frames = [picture(64, 96, seed) for seed in range(n)]
@@ -336,7 +336,7 @@ def test_evidence_and_scales_keep_the_seconds() -> None:
 
 
 def test_prompts_of_the_log_keep_what_parts_ask_for() -> None:
-    """Sources are left out, since pictures are given beside; what changes the picture stays, also through JSON."""
+    """Sources are removed, since pictures are given separately; sizes and times are kept, also through JSON."""
     asked = messages(
         {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}, "max_pixels": 1000},
         {"type": "video", "video": ["a.png", "b.png"], "fps": 2.0},

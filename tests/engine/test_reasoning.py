@@ -1,4 +1,4 @@
-"""Reasoning before an answer is told from it, in the marks of each family."""
+"""Reasoning before an answer is found, with the marks of each family."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_reasoning_that_the_template_opened(opening: str, response: str, expecte
         "a\n<think>no end",
     ],
 )
-def test_what_is_no_reasoning(text: str) -> None:
+def test_texts_that_are_not_reasoning(text: str) -> None:
     assert find_reasoning(text) == ()
 
 

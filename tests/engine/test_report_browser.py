@@ -664,7 +664,7 @@ def test_a_notebook_cell_is_the_same_page(browser: Browser) -> None:
 
 
 def thinking() -> Attribution:
-    """A response of which the first line is reasoning, as a model writes it."""
+    """A response whose first line is reasoning."""
     why = synthetic("<think>maybe a green square</think>\nA red circle.")
     stop = why.response.index("</think>") + len("</think>")
     return replace(why, reasoning=((0, stop),))
@@ -690,7 +690,7 @@ def test_reasoning_is_folded_and_can_be_opened(open_report: Open) -> None:
     ) == (why.response)
 
 
-def test_the_keyboard_passes_by_what_is_folded(open_report: Open) -> None:
+def test_the_keyboard_skips_folded_tokens(open_report: Open) -> None:
     why = thinking()
     n_folded = sum(1 for _, stop in why.spans if stop <= why.reasoning[0][1])
     page = open_report(why)

@@ -62,7 +62,7 @@ def rewrite_config(path: Path, **changes: object) -> None:
 
 
 def test_a_file_from_before_scales_could_be_none_is_read(tmp_path: Path) -> None:
-    """It holds no scales at all where they were left to the model, and the depth of rankings as a number."""
+    """It holds `()` for the model's own scales, and `top_k` as a number."""
     path = make_attribution().save(tmp_path / "x.safetensors")
     rewrite_config(path, scales=[], scale_weights=None, top_k=50)
     config = Attribution.load(path).config

@@ -84,8 +84,8 @@ class NoCache(nn.Module):
     def forward(self, input_ids: Any) -> None: ...
 
 
-def test_the_cache_is_called_what_the_model_calls_it() -> None:
-    """Old remote code runs beside models of a transformers that has renamed it."""
+def test_the_cache_has_the_name_the_model_uses() -> None:
+    """Old remote code may still use the former name under a newer transformers."""
     assert (cache_name(OldName()), cache_name(NewName())) == ("past_key_values", "cache")
     with pytest.raises(fastattr.UnsupportedModelError, match=r"NoCache.forward has no argument for a cache"):
         cache_name(NoCache())

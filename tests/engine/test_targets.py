@@ -64,7 +64,7 @@ def test_what_is_chosen(targets: Any, text: TokenText, expected: tuple[int, ...]
         (3, fastattr.InputError, "targets is a int, expected 'fields', words"),
     ],
 )
-def test_what_cannot_be_chosen(targets: Any, error: type[Exception], message: str) -> None:
+def test_options_that_fastattr_sets_itself_are_refused(targets: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         choose_targets(targets, SENTENCE)
 

@@ -93,7 +93,7 @@ def test_context_is_what_the_model_reads(template: str, chat: list[Any], expecte
 
 
 def test_only_the_words_between_the_templates_are_context() -> None:
-    """Against the rendered prompt itself: what is no context is what the template writes by itself."""
+    """Compared with the rendered prompt: everything that is not context is written by the template."""
     model = model_with(WITHOUT_THOUGHTS)
     chat = Chat([ASKED, THOUGHT, AGAIN])
     encoded = adapters.encode(model, read_visuals(picture()), chat)
@@ -109,14 +109,14 @@ def test_only_the_words_between_the_templates_are_context() -> None:
 @pytest.mark.parametrize(
     ("template", "chat", "told"),
     [
-        (NO_SYSTEM, [SYSTEM, ASKED], ["the chat template leaves out what the system said, 'Be brief.', so it is no context"]),
+        (NO_SYSTEM, [SYSTEM, ASKED], ["the chat template leaves out what the system said, 'Be brief.', so it is not context"]),
         (WITHOUT_THOUGHTS, [ASKED, THOUGHT, AGAIN], ["the chat template writes what the assistant said"]),
         (WITHOUT_THOUGHTS, [ASKED, {"role": "assistant", "content": "<think>a</think>"}, AGAIN], ["leaves out what the assistant said"]),
         (SHOUTING, [SYSTEM, ASKED, AGAIN], []),
         (KEEPS_THOUGHTS, [ASKED, THOUGHT, AGAIN], []),
     ],
 )  # fmt: skip
-def test_notes_tell_what_is_left_out(template: str, chat: list[Any], told: list[str]) -> None:
+def test_notes_name_texts_that_the_template_leaves_out(template: str, chat: list[Any], told: list[str]) -> None:
     model = model_with(template)
     notes = [note for note in explain(model, chat).notes if "chat template" in note]
     assert len(notes) == len(told) and all(part in note for part, note in zip(told, notes, strict=True))
@@ -133,7 +133,7 @@ def test_notes_tell_what_is_left_out(template: str, chat: list[Any], told: list[
         KEEPS_THOUGHTS.replace("m['content'] }}", "'' }}"),
     ],
 )
-def test_what_the_user_said_is_never_left_out(template: str) -> None:
+def test_a_template_that_drops_a_text_of_the_user_is_refused(template: str) -> None:
     chat = [{"role": "user", "content": "What is blue?"}, ASKED]
     with pytest.raises(
         fastattr.TokenLayoutError, match=r"'What is blue\?' is not in the text the model reads: the chat"
@@ -163,8 +163,8 @@ def plain_log_probs(model: fastattr.Model, chat: list[Any], response: torch.Tens
     return logits[-n - 1 : -1, : model.head.vocab].log_softmax(-1)[torch.arange(n), response]
 
 
-def test_an_answer_behind_closed_reasoning_is_read_behind_it() -> None:
-    """In `attribute`, batch, stream and replay alike, with the log-probabilities of an ordinary forward."""
+def test_an_answer_after_closed_reasoning() -> None:
+    """In `attribute`, batch, stream and replay, with the log-probabilities of an ordinary forward."""
     model = model_with(THINKING)
     response = adapters.encode_response(model, ANSWER)
     closed = Chat([ASKED], template_options={"enable_thinking": False})
@@ -209,11 +209,11 @@ def test_another_template_can_be_given() -> None:
     [
         ({"add_generation_prompt": False}, "holds 'add_generation_prompt'"),
         ({"tools": []}, "holds 'tools'"),
-        ([("a", 1)], "expected a mapping by name"),
-        ({1: 2}, "expected a mapping by name"),
+        ([("a", 1)], "expected a mapping with names as keys"),
+        ({1: 2}, "expected a mapping with names as keys"),
     ],
 )
-def test_options_that_are_none(options: Any, told: str) -> None:
+def test_wrong_template_options_are_refused(options: Any, told: str) -> None:
     with pytest.raises(fastattr.InputError, match=told):
         Chat([ASKED], template_options=options)
 
@@ -237,7 +237,7 @@ def test_options_are_the_chats_own() -> None:
     held = to_json(chat)
     del held["template_options"]  # as it was written before there were any
     assert from_json(held) == Chat([ASKED])
-    with pytest.raises(fastattr.InputError, match="template_options holds what JSON cannot say"):
+    with pytest.raises(fastattr.InputError, match="template_options cannot be written as JSON"):
         to_json(replace(chat, template_options={"when": {1, 2}}))
 
 
@@ -253,7 +253,7 @@ def test_rows_hold_options(asked: dict[str, Any], written: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"), [("{", "which is no JSON"), ([1], "expected an object"), ("3", "expected an object")]
+    ("wrong", "told"), [("{", "which is not JSON"), ([1], "expected an object"), ("3", "expected an object")]
 )
 def test_rows_with_broken_options(wrong: Any, told: str) -> None:
     values = {"image": b"png", "prompt": "a", "template_options": wrong}
@@ -305,7 +305,7 @@ def test_the_prompt_of_the_engine(thinking: fastattr.Model, collapsed: bool) -> 
     config = fastattr.AttributionConfig(scales=(1.0,), evidence=False)
     rows = [(picture(), closed, ANSWER), (picture(), [ASKED], ANSWER)]
     assert len(fastattr.attribute_batch(thinking, rows, config, prompt_ids=[ids, None])) == 2
-    told = r"differ from token \d+ on .* prompt_ids says '.*<think>.*' and the prompt here '.*assistant\\n'"
+    told = r"differ from token \d+ on .* prompt_ids holds '.*<think>.*' and the prompt here '.*assistant\\n'"
     with pytest.raises(fastattr.TokenLayoutError, match=told):
         explain(thinking, [ASKED], prompt_ids=ids)
     with pytest.raises(fastattr.TokenLayoutError, match=told):
@@ -326,7 +326,7 @@ def test_the_place_where_prompts_differ(thinking: fastattr.Model) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[], "abc", [1.5], [True]])
-def test_prompt_ids_that_are_none(thinking: fastattr.Model, wrong: Any) -> None:
+def test_wrong_prompt_ids_are_refused(thinking: fastattr.Model, wrong: Any) -> None:
     with pytest.raises(fastattr.InputError, match="expected token ids"):
         explain(thinking, [ASKED], prompt_ids=wrong)
 

@@ -20,13 +20,13 @@ from tests.engine.families.table import all_rows
 from tests.engine.family_models import ANSWER, PROMPT, picture
 
 ROWS = all_rows()
-# what transformers sets up once: hooks that record outputs where they are asked for
+# set up once by transformers: hooks that record outputs on request
 SET_UP = "_output_capturing_hooks_installed"
 INSTALLED = "output_capturing_hook"
 
 
 def plain(value: Any) -> Any:
-    """A value that can be compared later: tensors copied, containers walked, objects by what they are."""
+    """A value that can be compared later: tensors copied, containers recursively, objects by identity."""
     if isinstance(value, Tensor):
         return "tensor", id(value), value._version, value.detach().clone()
     if isinstance(value, nn.Module) or callable(value):
@@ -102,7 +102,7 @@ def encode(model: fastattr.Model, text: str) -> list[int]:
 
 @torch.no_grad()
 def decode(model: fastattr.Model, n: int) -> Iterator[Tensor]:
-    """Logits of a loop of the user's own: the prompt at once with a cache, then one token after the other."""
+    """Logits of a user's own loop: the whole prompt with a cache, then token by token."""
     from transformers import DynamicCache
 
     hf_model = model.hf_model
@@ -124,7 +124,7 @@ STATEFUL = [row for row in ROWS if row.model_type in ("qwen2_vl", "qwen2_5_vl", 
 
 @pytest.mark.parametrize("row", STATEFUL, ids=lambda row: f"{row.model_type}-{row.make.__name__}")
 def test_a_loop_that_is_interrupted_goes_on(row: Row) -> None:
-    """Larger and smaller pictures are read in between, which lie at other positions."""
+    """Larger and smaller pictures, with other positions, are read in between."""
     held = row.make()
     model = fastattr.wrap(held.hf_model, held.processor)
     expected = list(decode(model, 4))

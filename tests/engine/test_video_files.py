@@ -1,4 +1,4 @@
-"""Animated pictures and movies: which frames are shown, when they were taken, and what is said of the rest."""
+"""Animated pictures and movies: which frames are shown, their times, and notes on skipped frames."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.engine import family_models as tiny
 from tests.engine.families import tiny_qwen
 from tests.engine.family_models import ANSWER, PROMPT
 
-# red, green, blue of frame k of a made-up video: far enough apart to be told after compression
+# colour of frame k of a made-up video: distinct even after compression
 SHADES = [(16 * k, 255 - 16 * k, 128) for k in range(16)]
 
 
@@ -113,7 +113,7 @@ def test_frames_of_different_lengths_keep_their_seconds() -> None:
     assert visual.timing is not None
     np.testing.assert_allclose(visual.timing.seconds, [0, 0.1, 0.4, 0.5, 1.0])
     assert visual.timing.sampled_fps == pytest.approx(5 / 1.2)
-    assert "not shown for equally long" in visual.notes[0]
+    assert "different durations" in visual.notes[0]
 
 
 def test_pages_of_a_tiff_are_frames_of_a_second() -> None:
@@ -132,7 +132,7 @@ def test_a_stretch_and_a_number_of_an_animation() -> None:
 
 
 @pytest.mark.parametrize("way", ["attribute", "batch", "stream"])
-def test_the_note_reaches_whoever_asks(way: str) -> None:
+def test_the_note_is_in_every_result(way: str) -> None:
     held = tiny.qwen2_vl()
     model, data = fastattr.wrap(held.hf_model, held.processor), animated("GIF")
     config = fastattr.AttributionConfig(scales=(1.0,), evidence=False)
@@ -217,7 +217,7 @@ def test_a_movie_that_needs_too_much_memory_is_refused(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize(("turn", "corner"), [(90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))])
 def test_a_phone_movie_is_turned_upright(turn: int, corner: tuple[int, int], tmp_path: Path) -> None:
-    """Degrees counterclockwise: the white corner of the top left goes where players show it."""
+    """Degrees counterclockwise: the white corner of the top left moves to where players show it."""
     visual = read_visual(movie(tmp_path / "clip.mp4", turn=turn))
     assert visual.size == ((48, 32) if abs(turn) == 90 else (32, 48))
     shown = np.asarray(visual.frames[0]).astype(int).min(axis=-1)
@@ -257,7 +257,7 @@ def test_a_movie_where_an_image_is_expected(tmp_path: Path) -> None:
 def test_without_pyav_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = movie(tmp_path / "clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(fastattr.ImageError, match=r"needs PyAV: pip install 'fastattr\[video\]'"):
+    with pytest.raises(fastattr.ImageError, match=r"install PyAV to read it: .*pip install \"\.\[video\]\""):
         read_visual(path)
 
 

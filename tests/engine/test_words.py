@@ -113,7 +113,7 @@ def explain(model: fastattr.Model, response: object) -> fastattr.Attribution:
     return replace(why, evidence=torch.full((len(why),), -1.0))
 
 
-def test_special_tokens_are_no_words(model: fastattr.Model) -> None:
+def test_special_tokens_are_not_words(model: fastattr.Model) -> None:
     tokenizer = model.processor.tokenizer
     ids = [*tokenizer("The red circle", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     why = explain(model, ids)
@@ -130,9 +130,10 @@ def test_the_end_token_is_no_word_though_the_tokenizer_does_not_call_it_special(
     ids = model.processor.tokenizer("The red circle", add_special_tokens=False)["input_ids"]
     before = model.hf_model.generation_config.eos_token_id
     try:
-        model.hf_model.generation_config.eos_token_id = [ids[-1], 1]
+        end = ids[-2]  # followed by a word, so that it is explained
+        model.hf_model.generation_config.eos_token_id = [end, 1]
         fresh = fastattr.wrap(model.hf_model, model.processor)
-        assert explain(fresh, ids).special == tuple(i for i, id in enumerate(ids) if id == ids[-1])
+        assert explain(fresh, ids).special == tuple(i for i, id in enumerate(ids) if id == end)
     finally:
         model.hf_model.generation_config.eos_token_id = before
 
@@ -147,7 +148,7 @@ def test_words_of_reasoning_are_not_judged_but_can_be_selected(model: fastattr.M
 
 
 @pytest.mark.parametrize("content", ["text", "ids"])
-def test_a_record_keeps_what_is_no_answer(model: fastattr.Model, content: Content) -> None:
+def test_a_record_keeps_special_tokens_and_reasoning(model: fastattr.Model, content: Content) -> None:
     tokenizer = model.processor.tokenizer
     text = "<think>a green square</think>\nThe red circle"
     why = explain(model, [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
@@ -161,7 +162,7 @@ def test_a_record_keeps_what_is_no_answer(model: fastattr.Model, content: Conten
         assert [word.text for word in read.low_evidence] == ["red", "circle"]
 
 
-def test_files_keep_what_is_no_answer(model: fastattr.Model, tmp_path: Path) -> None:
+def test_files_keep_special_tokens_and_reasoning(model: fastattr.Model, tmp_path: Path) -> None:
     why = explain(model, "<think>a green square</think>\nThe red circle<|im_end|>")
     again = fastattr.Attribution.load(why.save(tmp_path / "why.safetensors"))
     assert (again.special, again.reasoning) == (why.special, why.reasoning)

@@ -381,14 +381,14 @@ class MineProcessor:
 
 @pytest.fixture
 def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model of a kind that transformers does not know, as on the hub: weights, and the code to read them."""
+    """A model whose class transformers does not have, as on the hub: weights and code."""
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked in the terminal"))
     held = tiny.qwen2_vl()
     directory = saved(tmp_path / "mine", held, tiny.qwen_image_processor(96 * 96), None)
-    # weights by the names they have in memory: transformers renames those of kinds that it knows
+    # weights under their names in memory: transformers renames those of its own classes
     save_file(dict(held.hf_model.state_dict()), directory / "model.safetensors", metadata={"format": "pt"})
     for name, text in CODE.items():
         (directory / name).write_text(text)
@@ -416,7 +416,7 @@ def test_code_of_a_model_is_run_when_it_is_trusted(with_code: Path) -> None:
     torch.testing.assert_close(ours.log_prob, expected.log_prob)
 
 
-def test_code_of_a_model_is_not_run_unasked(with_code: Path) -> None:
+def test_code_of_a_model_is_not_run_by_default(with_code: Path) -> None:
     with pytest.raises(
         fastattr.InputError, match=r"comes with Python code of its own.*pass trust_remote_code=True to fastattr\.load"
     ):
@@ -433,13 +433,13 @@ def test_a_device_map_goes_through(tmp_path: Path, device_map: Any) -> None:
     torch.testing.assert_close(ours.log_prob, right.log_prob)
 
 
-def test_a_device_and_a_device_map() -> None:
+def test_a_device_beside_a_device_map_is_refused() -> None:
     with pytest.raises(fastattr.InputError, match="device is 'cpu' and device_map is 'auto', expected one of them"):
         fastattr.load("shapes", device="cpu", device_map="auto")
 
 
 def test_quantisation_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `from_pretrained` is given; the weights are quantised where they are to lie, not moved afterwards."""
+    """The arguments of `from_pretrained`: the weights are quantised on their device, not moved afterwards."""
     given: dict[str, Any] = {}
     loaded = fastattr.load("shapes")
 
@@ -458,7 +458,7 @@ def test_the_bundled_model_in_another_dtype() -> None:
     assert fastattr.load("shapes", dtype="float16").head.weight.dtype == torch.float16
 
 
-def test_the_device_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_device_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="fastattr"):
         model = fastattr.load("shapes")
     where = "cuda" if torch.cuda.is_available() else "cpu"

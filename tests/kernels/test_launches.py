@@ -1,4 +1,4 @@
-"""Kernels are launched on the GPU that holds their input, which need not be the current one. The GPUs here are made up."""
+"""Kernels are launched on the GPU that holds their input, which need not be the current one. The GPUs here are fakes."""
 
 from __future__ import annotations
 

@@ -821,7 +821,7 @@ def test_multiscale_of_nothing_is_an_error() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what is launched."""
+    """Counts the operations that are launched."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -834,7 +834,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_device_is_given_few_operations(dtype: torch.dtype) -> None:
-    """One token of a large model, on no device at all: a CPU's chunks would be 132 and 1,600 operations."""
+    """One token of a large model on the meta device: with a CPU's chunks it would be 132 chunks and 1,600 operations."""
     hidden = torch.empty(1, 3584, dtype=dtype, device="meta")
     weight = torch.empty(152_064, 3584, dtype=dtype, device="meta")
     with Operations() as seen:
@@ -877,7 +877,7 @@ class OnGpu(Tensor):
 def test_where_mm_gives_no_float32_both_sides_are_upcast(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch before 2.8 knows no `out_dtype`, ROCm refuses it; that memory is short says nothing of either."""
+    """torch before 2.8 has no `out_dtype`, and ROCm refuses it; running out of memory is neither."""
     mm = torch.mm
 
     def refusing(*args: Any, **kwargs: Any) -> Tensor:

@@ -99,7 +99,7 @@ def test_one_option_alone_changes_nothing_else(name: str) -> None:
     ],
 )
 def test_how_responses_are_explained_by_name(given: Any, expected: AttributionConfig, tmp_path: Path) -> None:
-    """From a mapping, from keywords, and again from what the logger leaves for a worker."""
+    """From a mapping, from keywords, and from the file the logger writes for a worker."""
     config = LogConfig.from_mapping({"destination": str(tmp_path), "attribution": given})
     assert config == LogConfig(str(tmp_path), attribution=given) == LogConfig(str(tmp_path), attribution=expected)
     assert config.explained_by == expected
@@ -107,8 +107,8 @@ def test_how_responses_are_explained_by_name(given: Any, expected: AttributionCo
     assert inbox.read_config(config.spool_path).explained_by == expected
 
 
-def test_what_an_older_logger_left_for_its_worker_is_read(tmp_path: Path) -> None:
-    """It wrote no scales at all where they were left to the model."""
+def test_a_configuration_of_an_older_logger_is_read(tmp_path: Path) -> None:
+    """It wrote `()` for the model's own scales."""
     config = LogConfig(str(tmp_path), attribution="arc")
     inbox.prepare(config)
     path = config.spool_path / inbox.CONFIG_FILE

@@ -310,7 +310,7 @@ def test_the_readme_names_every_recipe() -> None:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_a_phone_photo_is_logged_as_the_model_saw_it(orientation: int, tmp_path: Path) -> None:
-    """Upright, on a grid of its shape; and a body that is no picture is refused, however it is broken."""
+    """With its orientation applied, on a grid of its aspect ratio; every kind of broken body is refused."""
     scene = make_scene(3).image.resize((192, 96))
     exif = Image.Exif()
     exif[0x0112] = orientation

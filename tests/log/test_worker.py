@@ -126,7 +126,7 @@ def test_a_replay_without_a_model_waits_for_a_worker(
 def test_replays_are_explained_by_the_named_configuration(
     model: fastattr.Model, picture: Image.Image, opened: Callable[..., AttributionLogger], tmp_path: Path, name: str
 ) -> None:
-    """By the logger's thread and by a worker as by `attribute`; captured states at the scale they are of."""
+    """The logger's thread and a worker give what `attribute` gives; captured states at their own scale."""
     ids = answer(model, picture)
     for room, options in (("thread", {"model": model}), ("worker", {"explain": "worker"})):
         logger = opened(room, content="text", attribution=name, **options)
@@ -167,10 +167,10 @@ def test_conversations_and_clips_reach_the_worker_whole(
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1 / 255)
 
 
-def test_options_of_the_template_and_prompt_ids_reach_whoever_explains(
+def test_options_of_the_template_and_prompt_ids_reach_the_explanation(
     model: fastattr.Model, picture: Image.Image, opened: Callable[..., AttributionLogger], tmp_path: Path
 ) -> None:
-    """Through the inbox and on the logger's own thread: the prompt is that of the engine, or there is no record."""
+    """Through the inbox and on the logger's own thread: with another prompt than the engine's there is no record."""
     ids = answer(model, picture)
     template = model.processor.tokenizer.chat_template.replace("<assistant>{% endif %}", "<assistant>red {% endif %}")
     assert template != model.processor.tokenizer.chat_template
@@ -198,8 +198,8 @@ def test_options_of_the_template_and_prompt_ids_reach_whoever_explains(
         assert not torch.allclose(found["plain"].attribution.log_prob, expected.log_prob, atol=1e-3)
 
 
-def test_what_is_known_of_pictures_reaches_the_worker(tmp_path: Path) -> None:
-    """Notes on what was left out, the size that a part asks for, and hashes, as in the thread."""
+def test_notes_sizes_and_hashes_of_pictures_reach_the_worker(tmp_path: Path) -> None:
+    """Notes, the size that a part asks for, and hashes are those of the thread."""
     held = TINY["qwen2_vl"]()
     model = fastattr.wrap(held.hf_model, held.processor)
     config = AttributionConfig(scales=(1.0,))
@@ -258,7 +258,7 @@ def test_a_worker_makes_the_record_the_thread_would_have_made(
 
 
 def test_a_worker_knows_where_the_answer_ended(model: fastattr.Model, picture: Image.Image, tmp_path: Path) -> None:
-    """The end token was named in the call of `generate`, which the worker never sees."""
+    """The end token was an argument of `generate`, which the worker never sees."""
     said = answer(model, picture)
     end = said[4]
     expected = said[: said.index(end)]
@@ -507,3 +507,22 @@ def test_a_worker_goes_on_until_it_is_stopped(
         worker.join(PATIENCE_S)
     assert not worker.is_alive() and results[0].written == 2
     assert set(records(dest)) == {"0", "1"} and any("written" in line for line in said)
+
+
+@pytest.mark.parametrize("rule", ["none", "hash", "store"])
+def test_what_is_kept_of_pictures_is_the_rule_of_the_logger_they_came_from(
+    tmp_path: Path, model: fastattr.Model, picture: Image.Image, opened: Callable[..., AttributionLogger], rule: str
+) -> None:
+    """Another logger writes its own rule into the same spool before the worker reads it."""
+    options = {"explain": "worker", "attribution": "lens@1", "content": "none"}
+    for name, images_ in (("own", rule), ("another", "none" if rule == "store" else "store")):
+        logger = opened(images=images_, **options)
+        assert logger.submit_replay(PROMPT, [picture], answer(model, picture), request_id=name)
+        assert logger.flush(PATIENCE_S)
+    waiting = {path: path.read_bytes() for path in inbox.waiting(tmp_path / "dest" / "spool")}
+    digest = hashlib.sha256(f"{picture.width} {picture.height} ".encode() + picture.tobytes()).hexdigest()
+    assert sum(digest.encode() in data for data in waiting.values()) == (2 if rule == "hash" else 1)
+    explain_all(tmp_path / "dest", model)
+    kept = records(tmp_path / "dest")["own"].envelope
+    assert kept.image_sha256 == (None if rule == "none" else (digest,))
+    assert (kept.images is not None) == (rule == "store")

@@ -7,7 +7,7 @@ from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size
 from fastattr.adapters.families.tiles import (
     Shape,
     least_enlarged_shape,
-    nearest_shape,
+    read_nearest_tiles,
     read_tiles,
     square_tile,
     tile_grid,
@@ -19,23 +19,16 @@ def cell(config: Config) -> int:
 
 
 def look_aya(shown: Shown) -> list[Looks]:
-    def shape(size: Size) -> Shape:
-        fewest, most = (image_option(shown, AYA.name, name) for name in ("min_patches", "max_patches"))
-        return nearest_shape(size, tile_size(shown), fewest, most)
-
-    return read_tiles(AYA.name, shown, tile_grid(shown, cell(shown.config)), shape)
+    return read_nearest_tiles(AYA.name, shown, cell(shown.config))
 
 
 def look_cohere(shown: Shown) -> list[Looks]:
+    height, width = shown.inputs["pixel_values"].shape[-2:]
+
     def shape(size: Size) -> Shape:
-        return least_enlarged_shape(size, tile_size(shown), image_option(shown, COHERE2.name, "max_patches"))
+        return least_enlarged_shape(size, (height, width), image_option(shown, COHERE2.name, "max_patches"))
 
     return read_tiles(COHERE2.name, shown, tile_grid(shown, cell(shown.config)), shape)
-
-
-def tile_size(shown: Shown) -> Size:
-    height, width = shown.inputs["pixel_values"].shape[-2:]
-    return int(height), int(width)
 
 
 AYA = Family("Aya Vision", look_aya, cell, square_tile, resized=False, interpolates=True, tiles=True)

@@ -10,10 +10,10 @@ from fastattr.errors import TokenLayoutError
 
 
 def image_option(shown: Shown, family: str, name: str, usual: Any = None) -> Any:
-    """What a processor's option for images is set to, in the order in which transformers looks for it.
+    """The value of a processor's option for images, looked up in the order of transformers.
 
-    What was given to `AutoProcessor.from_pretrained` is kept with the tokenizer and comes first, then what the processor
-    sets, then its image half.
+    Options given to `AutoProcessor.from_pretrained` are kept with the tokenizer and come first, then those of the
+    processor, then those of its image half.
 
     Args:
         family: for errors.
@@ -23,9 +23,7 @@ def image_option(shown: Shown, family: str, name: str, usual: Any = None) -> Any
         TokenLayoutError: the processor does not show its options, and nothing can be read from the model's inputs alone.
     """
     own = getattr(shown.processor, "images_kwargs", None) or {}
-    merges = hasattr(
-        shown.processor, "_merge_kwargs"
-    )  # processors of transformers; others call their halves as they are
+    merges = hasattr(shown.processor, "_merge_kwargs")  # only processors of transformers pass those options on
     given = getattr(shown.processor.tokenizer, "init_kwargs", {}) if merges else {}
     for value in (given.get(name), own.get(name), getattr(image_half(shown.processor), name, None), usual):
         if value is not None:

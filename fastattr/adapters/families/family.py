@@ -121,11 +121,11 @@ class Family:
         along_last: model inputs whose last axis counts patches; of others the first one does.
         stacks: several examples can be read in one forward. Not where their inputs hold indices into one another, or
             where the model counts on from one row to the next.
-        nested: the processor is given the pictures of a prompt as a list of their own, as its chat template gives them,
-            because it shows several pictures of one prompt otherwise than a single one.
+        nested: the processor is given the pictures of a prompt as a nested list, as its chat template does, because it
+            shows several pictures of one prompt differently from a single one.
         masked: positions are computed only where an attention mask is given, so one of ones is given with the prompt.
-        sized: a message part may say at what size its picture is shown, by the rule of qwen-vl-utils.
-        keeps_aspect: grids are as long and wide as pictures, each side rounded to whole cells.
+        sized: a message part may set the size of its picture, by the rule of qwen-vl-utils.
+        keeps_aspect: a grid has the aspect ratio of its picture, each side rounded to whole cells.
         joint: the tower's attention spans all images of a forward, so that its cost grows with their square.
     """
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fastattr.adapters.families.cuts import image_option
-from fastattr.adapters.families.family import Config, Family, Looks, Shown, Size, patch
+from fastattr.adapters.families.family import Config, Family, Looks, Shown, patch
 from fastattr.adapters.families.frames import watch_frames
 from fastattr.adapters.families.qwen import EVERY_FRAME
-from fastattr.adapters.families.tiles import Shape, nearest_shape, read_tiles, square_tile, tile_grid
+from fastattr.adapters.families.tiles import read_nearest_tiles, square_tile, tile_grid
 
 NAME = "InternVL"
 
@@ -18,13 +17,7 @@ def cell(config: Config) -> int:
 
 
 def look(shown: Shown) -> list[Looks]:
-    height, width = shown.inputs["pixel_values"].shape[-2:]
-
-    def shape(size: Size) -> Shape:
-        fewest, most = (image_option(shown, NAME, name) for name in ("min_patches", "max_patches"))
-        return nearest_shape(size, (height, width), fewest, most)
-
-    return read_tiles(NAME, shown, tile_grid(shown, cell(shown.config)), shape)
+    return read_nearest_tiles(NAME, shown, cell(shown.config))
 
 
 def watch(shown: Shown) -> list[Looks]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattr.adapters.families.cuts import check_count, image_option
-from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch, whole
-from fastattr.adapters.families.tiles import Shape, cut, nearest_shape
+from fastattr.adapters.families.cuts import image_option
+from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch
+from fastattr.adapters.families.tiles import Shape, cut, nearest_shape, read_own_grids
 from fastattr.types import Grid
 
 NAME = "LFM2-VL"
@@ -19,16 +19,13 @@ def cell(config: Config) -> int:
 def look(shown: Shown) -> list[Looks]:
     factor = int(shown.config.downsample_factor)
     grids: list[Grid] = [(1, h // factor, w // factor) for h, w in shown.inputs["spatial_shapes"].tolist()]
-    n_looks = len(grids)
-    if n_looks == 1 or (shown.sizes is not None and n_looks == len(shown.sizes)):
-        return whole(grids)
-    shapes = [_shape(shown, size) for size in shown.sizes_for(NAME, "cuts pictures into tiles by their size")]
-    with_whole = bool(image_option(shown, NAME, "use_thumbnail"))
-    pictures = [cut(shape, (1, 1, 1)) for shape in shapes]
-    pictures = [(*tiles, Look((1, 1, 1))) if with_whole and len(tiles) > 1 else tiles for tiles in pictures]
-    check_count(NAME, shown, n_looks, pictures)
-    left = iter(grids)
-    return [tuple(Look(next(left), each.box) for each in looks) for looks in pictures]
+
+    def cut_up(size: Size) -> Looks:
+        tiles = cut(_shape(shown, size), (1, 1, 1))
+        with_whole = image_option(shown, NAME, "use_thumbnail") and len(tiles) > 1
+        return (*tiles, Look((1, 1, 1))) if with_whole else tiles
+
+    return read_own_grids(NAME, shown, grids, "cuts pictures into tiles by their size", cut_up)
 
 
 def _shape(shown: Shown, size: Size) -> Shape:

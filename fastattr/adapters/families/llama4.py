@@ -44,9 +44,8 @@ def _shape(size: Size, edge: int, most: int, *, stretch: bool) -> Shape:
     """The tiles that hold the picture enlarged least (`stretch`: most), else shrunk least; of several the fewest."""
     height, width = size
     shapes = shapes_up_to(most)
-    sides = (
-        torch.tensor(shapes, dtype=torch.float32, device="cpu") * edge
-    )  # compared in single precision, as the processor does
+    # in single precision, as in the processor
+    sides = torch.tensor(shapes, dtype=torch.float32, device="cpu") * edge
     growth = torch.minimum(sides[:, 0] / height, sides[:, 1] / width)
     enlarging = growth[growth >= 1]
     chosen = enlarging.min() if len(enlarging) and not stretch else growth.max()

@@ -27,7 +27,7 @@ def look(shown: Shown) -> list[Looks]:
 
 
 def extent_of(processor: Any, size: Size, pixels: Size) -> Box:
-    """The part of a picture of `size` that is shown in so many `pixels`, beyond 0 and 1 where it is padded to a square."""
+    """The part of a picture of `size` that `pixels` (height, width) show; beyond 0 and 1 where it is padded to a square."""
     images = image_half(processor)
     if images is not None and not getattr(images, "do_resize", True) and getattr(images, "do_center_crop", False):
         return centre_of_pixels(size, pixels, padded=pads(processor))
@@ -57,7 +57,7 @@ def centre_square(size: Size) -> Box:
 
 
 def centre_of_pixels(size: Size, crop: Size, *, padded: bool) -> Box:
-    """The middle `crop` pixels of a picture that is not resized, or of the square it is padded to, as its shares."""
+    """The box, in fractions of the picture, of the central `crop` of a picture that is not resized, perhaps padded to a square."""
     edges = []
     for length, cut in zip(size, crop, strict=True):
         room = max(size) if padded else length

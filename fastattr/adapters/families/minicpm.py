@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fastattr.adapters.families.cuts import check_count, image_option
-from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch, whole
-from fastattr.adapters.families.tiles import Shape, cut
+from fastattr.adapters.families.cuts import image_option
+from fastattr.adapters.families.family import Config, Family, Look, Looks, Shown, Size, patch
+from fastattr.adapters.families.tiles import Shape, cut, read_own_grids
 from fastattr.types import Grid
 
 NAME = "MiniCPM-V"
@@ -26,15 +26,13 @@ def cell(config: Config) -> int:
 def look(shown: Shown) -> list[Looks]:
     factor = merged(shown.config)
     grids: list[Grid] = [(1, h // factor, w // factor) for h, w in shown.inputs["target_sizes"].tolist()]
-    n_looks = len(grids)
-    if n_looks == 1 or (shown.sizes is not None and n_looks == len(shown.sizes)):
-        return whole(grids)
-    most, edge = (image_option(shown, NAME, name) for name in ("max_slice_nums", "scale_resolution"))
-    shapes = [_shape(size, most, edge) for size in shown.sizes_for(NAME, "cuts pictures into slices by their size")]
-    pictures = [(Look((1, 1, 1)), *(cut(shape, (1, 1, 1)) if shape else ())) for shape in shapes]
-    check_count(NAME, shown, n_looks, pictures)
-    left = iter(grids)
-    return [tuple(Look(next(left), each.box) for each in looks) for looks in pictures]
+
+    def cut_up(size: Size) -> Looks:
+        most, edge = (image_option(shown, NAME, name) for name in ("max_slice_nums", "scale_resolution"))
+        shape = _shape(size, most, edge)
+        return (Look((1, 1, 1)), *(cut(shape, (1, 1, 1)) if shape else ()))
+
+    return read_own_grids(NAME, shown, grids, "cuts pictures into slices by their size", cut_up)
 
 
 def _shape(size: Size, most: int, edge: int) -> Shape | None:

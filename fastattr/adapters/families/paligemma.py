@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 from fastattr.adapters.families.family import Family, Looks, Shown, patch, whole
+from fastattr.adapters.families.tiles import tile_grid
 
 
 def look(shown: Shown) -> list[Looks]:
-    pixels = shown.inputs["pixel_values"]
-    height, width = (int(length) // patch(shown.config) for length in pixels.shape[-2:])
-    return whole([(1, height, width)] * math.prod(pixels.shape[:-3]))
+    n_images = math.prod(shown.inputs["pixel_values"].shape[:-3])
+    return whole([tile_grid(shown, patch(shown.config))] * n_images)
 
 
 PALIGEMMA = Family("PaliGemma", look, patch, None, answer_type=1)

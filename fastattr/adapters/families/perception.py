@@ -13,7 +13,7 @@ from fastattr.types import Grid
 
 
 def cell(config: Config) -> int:
-    """Said nowhere; the number of tokens is fixed."""
+    """Not defined: the number of tokens is fixed."""
     return 1
 
 

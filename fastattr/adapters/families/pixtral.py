@@ -11,7 +11,7 @@ from fastattr.errors import ImageError
 
 
 def look(shown: Shown) -> list[Looks]:
-    """One look each; of a picture that is not resized, what does not fill a cell at the right and below is not shown."""
+    """One look each; incomplete cells at the right and bottom of a picture that is not resized are not shown."""
     cell = merged_patch(shown.config)
     pictures: list[Looks] = []
     for height, width in shown.inputs["image_sizes"].tolist():
@@ -28,10 +28,10 @@ PIXTRAL = Family("LLaVA with Pixtral, Mistral3", look, merged_patch, longest_edg
 
 
 def look_merged(shown: Shown) -> list[Looks]:
-    """As `look`, of models that take one token alone for no picture (they squeeze its axis away).
+    """As `look`, for models that fail on a single image token because they squeeze its axis away.
 
     Raises:
-        ImageError: the pictures of a prompt are one token together.
+        ImageError: the pictures of the prompt together become a single image token.
     """
     pictures = look(shown)
     if sum(math.prod(each.grid) for looks in pictures for each in looks) == 1:

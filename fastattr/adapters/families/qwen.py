@@ -29,10 +29,10 @@ def looks_from(shown: Shown, name: str) -> list[Looks]:
 
 
 def no_limit(processor: Any, size: Size, scale: float) -> dict[str, Any]:
-    """Pictures come at the size of their grid, so the processor shall leave it alone.
+    """Options that keep the processor from resizing: pictures already have the size of their grid.
 
-    `size` alone would not do: `min_pixels` and `max_pixels` given to `AutoProcessor.from_pretrained` come before it, and
-    some video halves have a limit for each frame besides.
+    `size` alone is not enough: `min_pixels` and `max_pixels` given to `AutoProcessor.from_pretrained` take precedence, and
+    some video processors also limit each frame.
     """
     return {"size": UNLIMITED, "do_resize": False}
 

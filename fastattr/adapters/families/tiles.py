@@ -7,11 +7,11 @@ again here and held against the number of tiles that came.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastattr.adapters.families.cuts import check_count
-from fastattr.adapters.families.family import Look, Looks, Shown, Size
+from fastattr.adapters.families.cuts import check_count, image_option
+from fastattr.adapters.families.family import Look, Looks, Shown, Size, whole
 from fastattr.types import Grid
 
 Shape = tuple[int, int]  # (rows, columns) of tiles
@@ -50,6 +50,41 @@ def read_tiles(
     pictures = [with_whole(shape(size), grid, whole_first=whole_first) for size in sizes]
     check_count(family, shown, n_tiles, pictures)
     return pictures
+
+
+def read_nearest_tiles(family: str, shown: Shown, cell: int) -> list[Looks]:
+    """`read_tiles` of pictures cut by `nearest_shape`, as their processor's `min_patches` and `max_patches` say.
+
+    Args:
+        cell: the side in pixels of what one token covers.
+    """
+    height, width = shown.inputs["pixel_values"].shape[-2:]
+
+    def shape(size: Size) -> Shape:
+        fewest, most = (image_option(shown, family, name) for name in ("min_patches", "max_patches"))
+        return nearest_shape(size, (height, width), fewest, most)
+
+    return read_tiles(family, shown, tile_grid(shown, cell), shape)
+
+
+def read_own_grids(
+    family: str, shown: Shown, grids: Sequence[Grid], what: str, cut_up: Callable[[Size], Looks]
+) -> list[Looks]:
+    """The looks at every image where each has a grid of its own among the inputs, one behind the other.
+
+    Args:
+        what: for errors, what the family does with pictures.
+        cut_up: `(height, width)` to the looks at a picture of this size; their grids are left to `grids`.
+
+    Raises:
+        TokenLayoutError: the sizes are needed and not known, or other looks came than pictures are cut into.
+    """
+    if len(grids) == 1 or (shown.sizes is not None and len(grids) == len(shown.sizes)):
+        return whole(grids)
+    pictures = [cut_up(size) for size in shown.sizes_for(family, what)]
+    check_count(family, shown, len(grids), pictures)
+    left = iter(grids)
+    return [tuple(Look(next(left), each.box) for each in looks) for looks in pictures]
 
 
 def with_whole(shape: Shape, grid: Grid, *, whole_first: bool) -> Looks:

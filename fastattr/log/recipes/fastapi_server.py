@@ -47,7 +47,7 @@ async def read_body(request: Request) -> bytes:
 def answer(request: Request, body: Annotated[bytes, Depends(read_body)], prompt: str = PROMPT) -> dict[str, str]:
     state = request.app.state
     try:
-        picture = read_image(body)  # RGB and upright: the model sees the picture that is logged
+        picture = read_image(body)  # RGB, EXIF orientation applied: the model sees the picture that is logged
     except ImageError as error:
         raise HTTPException(415, "the body is no picture that can be read") from error
     request_id = request.headers.get("x-request-id") or uuid.uuid4().hex

@@ -26,3 +26,13 @@ def prove_other_ways(model: fastattr.Model, pictures: Sequence[Any]) -> None:
         for token_id in said[:-1].tolist():
             decoder.feed(token_id)
         torch.testing.assert_close(decoder.hidden_states, expected.hidden_states, rtol=1e-3, atol=1e-3)
+
+
+def prove_batch_of_attributions(model: fastattr.Model, pictures: Sequence[Any]) -> None:
+    """Maps and evidence of a batch are those of every picture alone."""
+    asked = [(each, PROMPT, ANSWER) for each in pictures]
+    together = fastattr.attribute_batch(model, asked, fastattr.AttributionConfig(scales=(1.0,)))
+    for why, each in zip(together, asked, strict=True):
+        alone = fastattr.attribute(model, *each, scales=(1.0,))
+        torch.testing.assert_close(why.image[0], alone.image[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(why.evidence, alone.evidence, rtol=1e-3, atol=1e-3)

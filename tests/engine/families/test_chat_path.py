@@ -1,4 +1,4 @@
-"""What the model is given is what the processor's own `apply_chat_template(tokenize=True)` makes, of several pictures too."""
+"""The model's inputs equal those of the processor's own `apply_chat_template(tokenize=True)`, also for several pictures."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def minicpm() -> Tiny:
     return with_joint(held, MiniCPMV4_6Processor)
 
 
-# their processors are joined or written here and have no chat path; of most a joint one is below
+# their processors are composed or written here and have no chat path; for most a joint one is below
 JOINED = {
     *("exaone4_5", "gemma4", "glm4v", "glm46v", "glm4v_moe", "glm_ocr", "minicpm", "minicpm_canvas", "mistral_large4"),
     *("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp"),
@@ -74,7 +74,7 @@ MAKERS = {
 
 
 def model_of(held: Tiny) -> fastattr.Model:
-    """As `wrap` makes it, without a forward of the model: nothing here reads states."""
+    """As made by `wrap`, but without a forward of the model: no test here reads states."""
     config = held.hf_model.config
     head = OutputHead(held.hf_model.get_output_embeddings().weight.detach())
     return fastattr.Model(held.hf_model, held.processor, config, family_of(config), head, "tiny")
@@ -108,7 +108,7 @@ def test_several_pictures_are_shown_as_the_chat_path_shows_them(name: str) -> No
 
 
 def test_llava_with_pixtral_has_no_chat_path_for_pictures_of_several_sizes() -> None:
-    """It writes as many placeholders as the largest one has with its padding, which the model refuses; ours are its own."""
+    """It writes the placeholders of the largest padded picture for each, which the model refuses; ours match each picture."""
     held = llava_pixtral()
     pictures = [picture(*size) for size in SIZES[:2]]
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):

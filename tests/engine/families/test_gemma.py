@@ -136,7 +136,7 @@ def test_a_family_with_a_fixed_number_of_tokens_says_so() -> None:
 
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_layers_that_share_keys_and_values_compute_every_position_and_logits_stay_few(layer: int) -> None:
-    """transformers computes the kept positions of such layers alone, which must not be so where states are read."""
+    """transformers computes only the kept positions of such layers; reading states needs all of them."""
     model = wrap(row_of(gemma4_shared))
     encoded, response = read(model)
     head_rows: list[int] = []
@@ -166,7 +166,7 @@ def padded(encoded: adapters.EncodedExample, n_tokens: int) -> dict[str, torch.T
 
 
 def test_generate_beside_a_capture_computes_what_it_always_does() -> None:
-    """Only forwards of the capturing context are asked for every position."""
+    """Only forwards within the capturing context compute every position."""
     model = wrap(row_of(gemma4_shared))
     encoded, _ = read(model)
     inputs = {**encoded.model_inputs, "input_ids": encoded.input_ids[None]}

@@ -1,4 +1,4 @@
-"""Limits that a user sets on a processor: they hold at scale 1, and the other scales are relative to it."""
+"""Limits that a user sets on a processor apply at scale 1, and the other scales are relative to it."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_default_explains_at_every_scale(
 
 
 def test_a_limit_changes_nothing_else_at_scale_1(tmp_path: Path) -> None:
-    """What the model is given is what the processor itself makes."""
+    """The model's inputs are those of the processor itself."""
     model = limited(qwen("qwen2_5_vl"), tmp_path, size={"shortest_edge": 256, "longest_edge": 64 * 64})
     shown: Image.Image = picture(300, 400)
     encoded = adapters.encode(model, read_visuals(shown), PROMPT)

@@ -28,6 +28,7 @@ from fastattr.images import read_visuals
 from fastattr.types import ImageGroup, View
 from fastattr.views import canvas
 from tests.engine.families import proof
+from tests.engine.families.other_ways import prove_batch_of_attributions
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, wrap
 from tests.engine.families.tiny_llava import captured
 from tests.engine.families.tiny_llava_next import (
@@ -88,17 +89,7 @@ def added_at_image_tokens(model: fastattr.Model, image: Any, scale: float = 1.0)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.make.__name__)
 def test_rows_of_a_batch_are_as_alone(row: Row) -> None:
     """Two pictures of one form, and one of another."""
-    model = wrap(row)
-    one_scale = fastattr.AttributionConfig(scales=(1.0,))
-    asked = [
-        (picture(67, 91), PROMPT, ANSWER),
-        (picture(67, 91, 5), PROMPT, ANSWER),
-        (picture(180, 64), PROMPT, ANSWER),
-    ]
-    for why, each in zip(fastattr.attribute_batch(model, asked, one_scale), asked, strict=True):
-        alone = fastattr.attribute(model, *each, scales=(1.0,))
-        torch.testing.assert_close(why.image[0], alone.image[0], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(why.evidence, alone.evidence, rtol=1e-3, atol=1e-3)
+    prove_batch_of_attributions(wrap(row), [picture(67, 91), picture(67, 91, 5), picture(180, 64)])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -228,7 +219,8 @@ def test_capture_needs_no_picture(row: Row) -> None:
 
 @pytest.mark.parametrize("together", [True, False])
 def test_captured_pictures_of_onevision_are_explained_as_they_were_given(together: bool) -> None:
-    """`apply_chat_template(tokenize=True)` nests them: each padded to a square, one line break behind. A flat list is cut."""
+    """`apply_chat_template(tokenize=True)` nests them: each is padded to a square, with a line break after it. A flat list is
+    cut into tiles."""
     held = llava_onevision()
     model = fastattr.wrap(held.hf_model, held.processor)
     pictures = [picture(32, 64), picture(50, 50)]

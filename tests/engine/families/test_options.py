@@ -1,4 +1,4 @@
-"""Options of image processors that change what is shown: read from the processor, in the order transformers reads them."""
+"""Options of image processors that change what is shown, with the precedence they have in transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CROPPED = [llava_clip, tiny_llava.llava_padded, tiny_llava.vip_llava, tiny_other
 
 @pytest.mark.parametrize("size", [(67, 91), (64, 96), (20, 50), (33, 21)])
 @pytest.mark.parametrize("make", [*CROPPED, tiny_patches.lighton_ocr, llava_pixtral])
-def test_what_is_cut_off_a_picture_that_is_not_resized_is_not_on_the_map(
+def test_parts_cut_off_a_picture_that_is_not_resized_are_not_on_the_map(
     make: Callable[[], Tiny], size: tuple[int, int]
 ) -> None:
     prove_places(as_they_are(make), *size, 1.0)
@@ -69,7 +69,7 @@ def test_a_crop_that_would_hold_more_at_another_scale_is_refused() -> None:
 def test_options_of_loading_are_read_where_transformers_reads_them(
     make: Callable[[], Tiny], options: dict[str, object], n_views: int, tmp_path: Path
 ) -> None:
-    """They stay with the tokenizer, and come before what is set on the image half afterwards."""
+    """They are kept with the tokenizer, and take precedence over values set later on the image half."""
     held = make()
     before = {name: getattr(held.processor.image_processor, name) for name in options}
     model = limited(held, tmp_path, **options)
@@ -80,16 +80,16 @@ def test_options_of_loading_are_read_where_transformers_reads_them(
 
 
 class Sampling(FilmProcessor):
-    """Shows every second frame, and cannot be told otherwise."""
+    """Shows every second frame, and has no option against it."""
 
     def __call__(self, text: Any, images: Any = (), return_tensors: str = "pt", videos: Any = ()) -> Any:  # type: ignore[override]
         return super().__call__(text, images, return_tensors, [frames[::2] for frames in videos])
 
 
 @pytest.mark.parametrize("make", [tiny_qwen.qwen2_vl, tiny_qwen.qwen3_vl, tiny_qwen.glm46v])
-def test_frames_that_a_processor_leaves_out_are_missed(make: Callable[[], Tiny]) -> None:
+def test_frames_that_a_processor_drops_are_an_error(make: Callable[[], Tiny]) -> None:
     held = make()
     parts = {field.name: getattr(held.processor, field.name) for field in fields(held.processor)}
     model = fastattr.wrap(held.hf_model, Sampling(**parts))
-    with pytest.raises(TokenLayoutError, match="a video of 8 frames in 2 time steps of 2 frames: it left frames out"):
+    with pytest.raises(TokenLayoutError, match="a video of 8 frames in 2 time steps of 2 frames: it dropped frames"):
         adapters.encode(model, read_visuals([[picture(64, 96, seed) for seed in range(8)]]), PROMPT)

@@ -20,6 +20,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 import fastattr
 from fastattr.adapters.families import family_of
 from fastattr.adapters.families.tiles import largest_held_shape, least_enlarged_shape, nearest_shape
+from tests.engine.families.other_ways import prove_batch_of_attributions
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, wrap
 from tests.engine.families.tiny_llava import captured
 from tests.engine.families.tiny_others import (
@@ -62,17 +63,7 @@ def test_family(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.make.__name__)
 def test_rows_of_a_batch_are_as_alone(row: Row) -> None:
     """Two pictures of one form, and one of another."""
-    model = wrap(row)
-    one_scale = fastattr.AttributionConfig(scales=(1.0,))
-    asked = [
-        (picture(67, 91), PROMPT, ANSWER),
-        (picture(67, 91, 5), PROMPT, ANSWER),
-        (picture(101, 58), PROMPT, ANSWER),
-    ]
-    for why, each in zip(fastattr.attribute_batch(model, asked, one_scale), asked, strict=True):
-        alone = fastattr.attribute(model, *each, scales=(1.0,))
-        torch.testing.assert_close(why.image[0], alone.image[0], rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(why.evidence, alone.evidence, rtol=1e-3, atol=1e-3)
+    prove_batch_of_attributions(wrap(row), [picture(67, 91), picture(67, 91, 5), picture(101, 58)])
 
 
 # --- how many tiles ---------------------------------------------------------------------------------------

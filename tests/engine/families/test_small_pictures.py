@@ -1,4 +1,4 @@
-"""Pictures of a few pixels, and very long ones: explained, or refused with a word on their size; never anything else."""
+"""Pictures of a few pixels and very long ones are either explained or refused with an error about their size."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_every_family_explains_or_refuses_by_size(name: str) -> None:
             assert all(maps.isfinite().all() for maps in why.image)
 
 
-def test_one_token_alone_is_more_than_mistral_reads() -> None:
-    """But two pictures of one token each are read."""
+def test_mistral_cannot_read_a_single_image_token() -> None:
+    """Two pictures of one token each are read."""
     model = fastattr.load("shapes")
     with pytest.raises(
         ImageError,
@@ -51,13 +51,13 @@ def test_one_token_alone_is_more_than_mistral_reads() -> None:
     assert why.grids == (((1, 1, 1), (1, 1, 1)),)
 
 
-def test_a_picture_that_the_processor_refuses_is_named_with_its_size_and_what_is_wanted() -> None:
+def test_a_picture_that_the_processor_refuses_is_named_with_its_size_and_the_expected_one() -> None:
     with pytest.raises(ImageError, match=r"refuses images of 200 x 1 pixels: .* covers 16 x 16 pixels: once a picture"):
         fastattr.attribute(fastattr.load("shapes"), picture(1, 200), "Describe the image.")
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_command_line_says_so_in_a_line(
+def test_the_command_line_prints_one_line(
     size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     height, width = size

@@ -160,8 +160,8 @@ def test_where_a_picture_of_llama4_is_padded_nothing_is_shown() -> None:
     assert moved[:2].max() == 0 and moved[2, :, 1].min() > 0 and moved[3, :, 1].min() > 0
 
 
-def test_a_class_of_llama4_that_fails_by_itself_is_refused() -> None:
-    """In transformers 5.24.0 it does: whether it does here is asked of the class, not of the version."""
+def test_a_class_of_llama4_whose_forward_fails_is_refused() -> None:
+    """It fails in transformers 5.24.0; the test tries the class instead of reading the version."""
     held = llama4(mended=False)
     try:
         with torch.no_grad():
