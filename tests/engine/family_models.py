@@ -350,8 +350,8 @@ def pixtral_image_processor(cell: int, longest_edge: int) -> PixtralImageProcess
     return PixtralImageProcessorPil(patch_size={"height": cell, "width": cell}, size={"longest_edge": longest_edge})
 
 
-def pixtral_duck(cell: int) -> DuckProcessor:
-    images = pixtral_image_processor(cell, longest_edge=400)
+def pixtral_duck(cell: int, images: Any = None) -> DuckProcessor:
+    images = images or pixtral_image_processor(cell, longest_edge=400)
 
     def read(pictures: Sequence[Image.Image]) -> Mapping[str, torch.Tensor]:
         return dict(images(list(pictures), return_tensors="pt"))

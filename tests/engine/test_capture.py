@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import logging
 import threading
@@ -77,18 +78,19 @@ def untouched(model: fastattr.Model) -> bool:
 
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
 def test_captured_states_are_those_of_a_replay(any_model: fastattr.Model, do_sample: bool) -> None:
-    inputs = prepared(any_model)
+    exact = fastattr.wrap(copy.deepcopy(any_model.hf_model).double(), any_model.processor)
+    inputs = prepared(exact)
     start = inputs["input_ids"].shape[1]
     torch.manual_seed(0)
-    with fastattr.capture(any_model) as states:
-        out = any_model.hf_model.generate(**inputs, **{**sampling(any_model), "do_sample": do_sample})
+    with fastattr.capture(exact) as states:
+        out = exact.hf_model.generate(**inputs, **{**sampling(exact), "do_sample": do_sample})
     hidden, source = states.read(out[0])
     assert source == "capture"
     assert len(hidden) == len(out[0]) - 1
 
-    encoded = adapters.encode(any_model, read_visuals(picture()), PROMPT)
-    expected = adapters.replay(any_model, encoded, out[0, start:])
-    torch.testing.assert_close(hidden, expected.hidden_states, rtol=1e-5, atol=2e-6)
+    encoded = adapters.encode(exact, read_visuals(picture()), PROMPT)
+    expected = adapters.replay(exact, encoded, out[0, start:])
+    torch.testing.assert_close(hidden, expected.hidden_states, rtol=1e-6, atol=1e-7)  # the rotary angles are float32
 
     why = states.attribute(out, image=picture(), prompt=PROMPT)
     assert why.source == "capture" and why.notes == explained(any_model, out[0], start).notes

@@ -480,7 +480,7 @@ def test_a_model_without_a_head_is_refused(qwen: fastattr.Model) -> None:
 
 def test_training_mode_is_refused() -> None:
     held = tiny.qwen2_vl()
-    with pytest.raises(fastattr.InputError, match=r"training mode.*call .eval\(\) first"):
+    with pytest.raises(fastattr.InputError, match=r"training mode.*call .eval\(\) on it first"):
         fastattr.wrap(held.hf_model.train(), held.processor)
 
 

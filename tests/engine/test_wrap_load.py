@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 import fastattr
 from fastattr import adapters
@@ -33,6 +35,18 @@ def saved(directory: Path, held: Tiny, image_processor: Any, processor_class: st
     return directory
 
 
+def half(directory: Path, **settings: Any) -> Any:
+    """The image processor that transformers itself loads from there: torchvision's where it is installed."""
+    return transformers.AutoImageProcessor.from_pretrained(directory, **settings)
+
+
+def joined_by(model: fastattr.Model, joint: str) -> bool:
+    """The processor is transformers' joint class, or its halves joined where that needs torchvision and has none."""
+    if is_torchvision_available():
+        return type(model.processor).__name__ == joint
+    return isinstance(model.processor, ComposedProcessor)
+
+
 @pytest.fixture(scope="module")
 def qwen() -> fastattr.Model:
     held = tiny.qwen2_vl()
@@ -48,9 +62,10 @@ def test_load_composes_qwens_processor(tmp_path: Path, kind: str, processor_clas
     held = tiny.TINY[kind]()
     directory = saved(tmp_path, held, tiny.qwen_image_processor(96 * 96), processor_class)
     model = fastattr.load(directory)
-    assert isinstance(model.processor, ComposedProcessor)
+    assert joined_by(model, processor_class or {"qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(kind, "Qwen2VLProcessor"))
     assert model.name == str(directory)
-    check_like(model, held)
+    unlimited = half(directory, size=tiny.qwen_image_processor(256 * 256).size)
+    check_like(model, Tiny(held.hf_model, tiny.qwen_duck(unlimited)))
 
 
 @pytest.mark.parametrize(("kind", "cell"), [("mistral3", 16), ("llava_pixtral", 8)])
@@ -59,9 +74,12 @@ def test_load_composes_pixtrals_processor(tmp_path: Path, kind: str, cell: int, 
     """Rows are broken by `[IMG_BREAK]`, which takes no part; the patch size saved is the tower's, not the merged one."""
     held = tiny.TINY[kind]()
     directory = saved(tmp_path, held, tiny.pixtral_image_processor(tiny.PATCH, longest_edge=400), processor_class)
+    said = {"processor_class": "PixtralProcessor", "patch_size": tiny.PATCH, "spatial_merge_size": cell // tiny.PATCH}
+    (directory / "processor_config.json").write_text(json.dumps(said))
     model = fastattr.load(directory)
-    assert isinstance(model.processor, ComposedProcessor)
-    check_like(model, Tiny(held.hf_model, tiny.pixtral_duck(cell)))
+    assert joined_by(model, "PixtralProcessor")
+    images = half(directory, patch_size={"height": cell, "width": cell})
+    check_like(model, Tiny(held.hf_model, tiny.pixtral_duck(cell, images)))
 
     encoded = adapters.encode(model, fastattr.images.read_visuals(picture()), PROMPT)
     (group,) = encoded.groups
@@ -74,20 +92,27 @@ def test_load_composes_pixtrals_processor(tmp_path: Path, kind: str, cell: int, 
 @pytest.mark.parametrize("processor_class", [None, "SmolVLMProcessor"])
 def test_load_composes_smolvlms_processor(tmp_path: Path, processor_class: str | None) -> None:
     held = tiny.smolvlm()
-    check_like(fastattr.load(saved(tmp_path, held, held.processor.images, processor_class)), held)
+    directory = saved(tmp_path, held, held.processor.images, processor_class)
+    model = fastattr.load(directory)
+    assert joined_by(model, "SmolVLMProcessor")
+    check_like(model, Tiny(held.hf_model, replace(held.processor, images=half(directory))))
 
 
 @pytest.mark.parametrize("processor_class", [None, "InternVLProcessor"])
 def test_load_composes_internvls_processor(tmp_path: Path, processor_class: str | None) -> None:
     held = tiny.internvl()
     assert isinstance(held.processor.images, GotOcr2ImageProcessorPil)
-    check_like(fastattr.load(saved(tmp_path, held, held.processor.images, processor_class)), held)
+    directory = saved(tmp_path, held, held.processor.images, processor_class)
+    model = fastattr.load(directory)
+    assert joined_by(model, "InternVLProcessor")
+    check_like(model, Tiny(held.hf_model, replace(held.processor, images=half(directory))))
 
 
 def test_load_completes_an_old_llava_processor(tmp_path: Path) -> None:
     """Directories from before transformers 4.46 do not say what the processor must know of its model."""
     held = tiny.llava_clip()
-    check_like(fastattr.load(saved(tmp_path, held, held.processor.image_processor, "LlavaProcessor")), held)
+    directory = saved(tmp_path, held, held.processor.image_processor, "LlavaProcessor")
+    check_like(fastattr.load(directory), Tiny(held.hf_model, tiny.installed_half(held.processor, directory)))
 
 
 @pytest.mark.parametrize("kind", ["llava_clip", "idefics3"])
@@ -97,7 +122,7 @@ def test_load_takes_a_joint_processor_as_it_is(tmp_path: Path, kind: str) -> Non
     held.processor.save_pretrained(tmp_path)
     model = fastattr.load(tmp_path)
     assert type(model.processor) is type(held.processor)
-    check_like(model, held)
+    check_like(model, Tiny(held.hf_model, tiny.installed_half(held.processor, tmp_path)))
 
 
 def check_like(model: fastattr.Model, held: Tiny) -> None:

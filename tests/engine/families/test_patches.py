@@ -158,7 +158,7 @@ def test_load(tmp_path: Path, row: Row) -> None:
     if row.stood_in or row.model_type in ("exaone4_5", "mistral_large4"):  # whose processors are not whole here
         held.processor.tokenizer.save_pretrained(tmp_path)
         held.processor.image_processor.save_pretrained(tmp_path)
-        cells = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+        cells = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "draw_on_frames": False}
         (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(cells))
     else:
         held.processor.save_pretrained(tmp_path)

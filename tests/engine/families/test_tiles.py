@@ -18,7 +18,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 import fastattr
 from fastattr.adapters.families import Looks, Shown
 from fastattr.types import WHOLE_IMAGE
-from tests.engine.families import tiny_lfm2, tiny_llama4
+from tests.engine.families import tiny_llama4
 from tests.engine.families.other_ways import prove_other_ways
 from tests.engine.families.proof import Row, embeddings_at_image_tokens, prove, read, wrap
 from tests.engine.families.tiny_lfm2 import lfm2_vl
@@ -232,7 +232,8 @@ def test_internvl_cuts_as_its_image_processor_does() -> None:
 @pytest.mark.parametrize("stretch", [False, True])
 def test_llama4_cuts_as_its_image_processor_does(stretch: bool) -> None:
     held = llama4(stretch=stretch)
-    model, images = fastattr.wrap(held.hf_model, held.processor), held.processor.image_processor
+    model = fastattr.wrap(held.hf_model, held.processor)
+    by_hand = tiny_llama4.LaidTiles(resize_to_max_canvas=stretch)
     square = SizeDict(height=TILE, width=TILE)
     choices = torch.tensor(tiny_llama4.REAL["find_supported_resolutions"](6, square))
     for height, width in sizes(60):
@@ -240,7 +241,7 @@ def test_llama4_cuts_as_its_image_processor_does(stretch: bool) -> None:
         rows, columns = (chosen // TILE).tolist()
         looks = looks_by_size(model, (height, width), rows * columns + (rows * columns > 1))
         assert rows_and_columns(looks) == (rows, columns), (height, width)
-        _, _, laid = images.lay(np.full((3, height, width), 255, np.uint8), square)
+        _, _, laid = by_hand.lay(np.full((3, height, width), 255, np.uint8), square)
         filled = [
             np.count_nonzero(laid[0].max(axis=axis)) for axis in (1, 0)
         ]  # pixels of the picture among its padding
@@ -264,11 +265,10 @@ def test_minicpm_cuts_as_its_image_processor_does() -> None:
 def test_lfm2_cuts_as_its_image_processor_does() -> None:
     model = wrap(row_of(lfm2_vl))
     images = model.processor.image_processor
-    assert isinstance(images, tiny_lfm2.NaturalTiles)
     for height, width in sizes(60):
         if max(height, width) > 4 * min(height, width):  # of such its whole look outgrows the room for it
             continue
-        seen = images([Image.new("RGB", (width, height))], return_tensors="pt")
+        seen = images([Image.new("RGB", (width, height))], return_row_col_info=True, return_tensors="pt")
         (looks,) = model.family.look(Shown(model.config, model.processor, dict(seen), [(height, width)]))
         assert rows_and_columns(looks) == (seen["image_rows"][0], seen["image_cols"][0]), (height, width)
         assert [2 * length for length in looks[-1].grid[1:]] == seen["spatial_shapes"][-1].tolist()

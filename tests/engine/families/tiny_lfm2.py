@@ -11,6 +11,7 @@ import transformers
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torchvision_available
 
 from tests.engine import family_models as tiny
 from tests.engine.families.borrowed import borrow
@@ -97,6 +98,22 @@ def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([rows, rows.new_zeros(length - len(rows), *rows.shape[1:])])
 
 
+def natural_tiles() -> Any:
+    """The real image processor where it is."""
+    if not is_torchvision_available():
+        return NaturalTiles()
+    return transformers.Lfm2VlImageProcessor(
+        size=NaturalTiles.size,
+        min_tiles=2,
+        max_tiles=6,
+        tile_size=TILE,
+        encoder_patch_size=PATCH,
+        min_image_tokens=4,
+        max_image_tokens=8,
+        max_pixels_tolerance=1.5,
+    )
+
+
 SPECIAL = (
     "<|startoftext|>",
     "<|im_start|>",
@@ -116,7 +133,7 @@ def lfm2_vl() -> Tiny:
     tokenizer = tiny.byte_tokenizer(
         SPECIAL, chat, bos_token="<|startoftext|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
     )
-    processor = transformers.Lfm2VlProcessor(NaturalTiles(), tokenizer, chat_template=chat)
+    processor = transformers.Lfm2VlProcessor(natural_tiles(), tokenizer, chat_template=chat)
     text = tiny._llama(384, model_type="lfm2", layer_types=["conv", "full_attention"], pad_token_id=2)
     config = transformers.Lfm2VlConfig(
         vision_config=tiny._tower(

@@ -8,6 +8,7 @@ import numpy as np
 import transformers
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.utils import is_torchvision_available
 
 from tests.engine import family_models as tiny
 from tests.engine.families.borrowed import borrow
@@ -70,6 +71,13 @@ class LaidTiles(PilBackend):  # type: ignore[misc]
         return height // size.height, width // size.width, laid
 
 
+def laid_tiles(stretch: bool) -> Any:
+    """The real image processor where it is."""
+    if not is_torchvision_available():
+        return LaidTiles(resize_to_max_canvas=stretch)
+    return transformers.Llama4ImageProcessor(size=LaidTiles.size, max_patches=6, resize_to_max_canvas=stretch)
+
+
 SPECIAL = (
     "<|begin_of_text|>",
     "<|eot|>",
@@ -99,7 +107,7 @@ def llama4(*, stretch: bool = False, mended: bool = True) -> Tiny:
     tokenizer = tiny.byte_tokenizer(
         SPECIAL, chat, bos_token="<|begin_of_text|>", eos_token="<|eot|>", pad_token="<|eot|>"
     )
-    images = LaidTiles(resize_to_max_canvas=stretch)
+    images = laid_tiles(stretch)
     processor = transformers.Llama4Processor(images, tokenizer, patch_size=PATCH, chat_template=chat)
     text = tiny._llama(
         384, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=64, no_rope_layers=[1, 0]

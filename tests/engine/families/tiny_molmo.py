@@ -16,6 +16,7 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import is_torchvision_available
 from transformers.video_utils import make_batched_metadata
 
 from tests.engine.families.borrowed import borrow
@@ -90,6 +91,14 @@ class Crops(PilBackend):  # type: ignore[misc]
             return_tensors="pt",
             **SHOWN,
         )
+
+
+def crops(side: int) -> Any:
+    """The real image processor where it is."""
+    size = {"height": side, "width": side}
+    if not is_torchvision_available():
+        return Crops(size=size)
+    return transformers.Molmo2ImageProcessor(size=size, max_crops=6, overlap_margins=MARGINS, patch_size=PATCH)
 
 
 @dataclass
@@ -173,8 +182,7 @@ def molmo2(edge: int = 6) -> Tiny:
         def check_argument_for_proper_class(self, name: str, argument: Any) -> type:
             return type(argument)  # the halves are none of transformers'
 
-    images = Crops(size={"height": edge * PATCH, "width": edge * PATCH})
-    processor = Joint(images, Frames(edge * PATCH), tokenizer, chat_template=chat)
+    processor = Joint(crops(edge * PATCH), Frames(edge * PATCH), tokenizer, chat_template=chat)
     hf_model = _finish(transformers.Molmo2ForConditionalGeneration, config)
     for name, parameter in hf_model.model.vision_tower.named_parameters():
         if name.endswith("self_attn.o_proj.weight"):  # or a patch would be felt everywhere

@@ -20,6 +20,7 @@ from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hyb
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 from tests.engine import family_models as tiny
 from tests.engine.family_models import DIM, PATCH, Tiny
@@ -153,6 +154,15 @@ class CohereImages:
         return min(holding, key=growth.__getitem__) if holding else max(shapes, key=growth.__getitem__)
 
 
+def cohere_images() -> Any:
+    """The real image processor where it is."""
+    if not is_torchvision_available():
+        return CohereImages()
+    from transformers import Cohere2VisionImageProcessor
+
+    return Cohere2VisionImageProcessor(size={"height": 2 * SIDE, "width": 2 * SIDE}, max_patches=4)
+
+
 def cohere2_vision() -> Tiny:
     held = tokenizer(
         "<image>", image_token="<image>", boi_token="<boi>", eoi_token="<eoi>", img_line_break_token="<br>"
@@ -165,9 +175,9 @@ def cohere2_vision() -> Tiny:
     )
 
     def expand(seen: Mapping[str, Any], index: int) -> str:
-        return "<boi>" + ("<image>" * 16 + "<br>") * seen["num_patches"][index] + "<eoi>"
+        return "<boi>" + ("<image>" * 16 + "<br>") * int(seen["num_patches"][index]) + "<eoi>"
 
-    processor = Duck(held, CohereImages(), "<image>", expand, hidden=("num_patches",))
+    processor = Duck(held, cohere_images(), "<image>", expand, hidden=("num_patches",))
     return Tiny(tiny._local(tiny._finish(transformers.Cohere2VisionForConditionalGeneration, config)), processor)
 
 
