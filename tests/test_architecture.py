@@ -135,6 +135,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.demo",
         "fastattr.evaluate",
         "fastattr.log",
+        "fastattr.parts",
         "fastattr.log.dashboard",
         "fastattr.storage",
         "fastattr.streaming",
