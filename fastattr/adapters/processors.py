@@ -190,7 +190,7 @@ def load_processor(name: str | Path, **options: Any) -> Any:
             processor.chat_template = _AS_SAID.replace("IMAGE", processor.image_token)
         return _complete(processor, source)
     except (ImportError, ValueError, OSError, TypeError, RecursionError) as error:
-        # TypeError: transformers 5.0 without torchvision; RecursionError: its video half looks for itself without it
+        # TypeError: transformers 5.0 without torchvision; RecursionError: see `_joint`
         from transformers.utils import is_torchvision_available
 
         if is_torchvision_available():
@@ -207,10 +207,11 @@ def load_processor(name: str | Path, **options: Any) -> Any:
 
 
 def _joint(source: Source) -> Any:
-    """The joint processor as transformers loads it, and for LLaVA-NeXT-Video also where transformers does not.
+    """The joint processor, as `AutoProcessor` loads it.
 
-    Where the directory has no settings for videos, transformers names the video processor after the image processor:
-    `LlavaNextVideoProcessor`. That is the joint class, which looks for its video processor again, without end.
+    LLaVA-NeXT-Video directories that have no video settings are loaded part by part: transformers derives the name of
+    the video processor from `LlavaNextImageProcessor`, gets `LlavaNextVideoProcessor`, which is the joint class itself,
+    and recurses.
     """
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import is_torchvision_available
@@ -236,8 +237,7 @@ _AS_SAID = (
 
 
 def _complete(processor: Any, source: Source) -> Any:
-    """Fills in what old LLaVA directories do not say of the model: all of the family but LLaVA-OneVision need
-    `patch_size`, that one `num_image_tokens`."""
+    """Sets what old LLaVA directories leave out: `patch_size`, or for LLaVA-OneVision `num_image_tokens`."""
     from transformers import AutoConfig
 
     no_patch_size, no_count = (getattr(processor, name, 0) is None for name in ("patch_size", "num_image_tokens"))

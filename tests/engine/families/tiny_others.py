@@ -344,6 +344,15 @@ class PerceptionImages:
         return 2, 2  # of all that hold it, the one on which its shorter side is largest
 
 
+def perception_images() -> Any:
+    """The real image processor where it is."""
+    if not is_torchvision_available():
+        return PerceptionImages()
+    from transformers import PerceptionLMImageProcessor
+
+    return PerceptionLMImageProcessor(tile_size=2 * SIDE, max_num_tiles=4)
+
+
 @dataclass(frozen=True)
 class FilmDuck(Duck):
     """Shows the frames of videos once each, squeezed."""
@@ -358,7 +367,7 @@ class FilmDuck(Duck):
     ) -> dict[str, Any]:
         if not videos:
             return super().__call__(text, images, return_tensors, **options)
-        edge = self.image_processor.edge
+        edge = 2 * SIDE
         films = torch.stack([torch.stack([pixels(frame, edge, edge) for frame in frames]) for frames in videos])
         written = text[0].replace("<|video|>", "<|video|>" * 16 * films.shape[1])
         ids = self.tokenizer([written], add_special_tokens=False, return_tensors=return_tensors)
@@ -383,7 +392,7 @@ def perception_lm() -> Tiny:
     def expand(seen: Mapping[str, Any], index: int) -> str:
         return "<|image|>" * 16 * len(seen["pixel_values"][index])
 
-    return Tiny(hf_model, FilmDuck(held, PerceptionImages(), "<|image|>", expand))
+    return Tiny(hf_model, FilmDuck(held, perception_images(), "<|image|>", expand))
 
 
 def fast_vlm() -> Tiny:
