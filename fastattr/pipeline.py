@@ -174,8 +174,7 @@ def _attribute_rows(
 ) -> list[Attribution]:
     from fastattr import adapters
 
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    check_length(max_new_tokens)
     wrong = [len(row) for row in rows if len(row) != 3]
     if wrong:
         raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
@@ -242,6 +241,12 @@ def _attribute_rows(
             )
         )
     return found
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raises `InputError` for what is no length of an answer."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1")
 
 
 def attribute_states(
