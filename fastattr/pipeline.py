@@ -237,8 +237,7 @@ def _check_rows(
     memory_limit: int | None,
 ) -> None:
     """Raises `InputError` for options that are out of range or do not fit the rows."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    check_length(max_new_tokens)
     wrong = [len(row) for row in rows if len(row) != 3]
     if wrong:
         raise InputError(f"a row holds {wrong[0]} values, expected three: image, prompt and response (or None)")
@@ -249,6 +248,12 @@ def _check_rows(
             "generate_options are for the model's own answer, but every response was given; leave generate_options out, or "
             "pass None as a response"
         )
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raises `InputError` unless this can be the length of an answer."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens!r}, expected a whole number of at least 1")
 
 
 def attribute_states(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
 from fastattr.method import Block, Shared, explain_block
 from fastattr.msea import base_scale, common_grids, scale_weights
-from fastattr.pipeline import finish, notes_of
+from fastattr.pipeline import check_length, finish, notes_of
 from fastattr.text import TextPieces
 from fastattr.types import Attribution, AttributionConfig, ScaleStates, TokenMaps
 
@@ -130,14 +131,27 @@ def stream(
     chosen = configure(config, changes)
     check_streamable(chosen)
     chosen = chosen.resolve(model.scales, model.head.vocab)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    check_length(max_new_tokens)
+    _check_tokens(tokens)
     if tokens is not None and generate_options is not None:
         raise InputError(
             "generate_options are for the model's own answer, but tokens were given; leave out one of them"
         )
     with torch.inference_mode(False), torch.no_grad():
         return Stream(model, *read_prompt(image, prompt), tokens, chosen, max_new_tokens, generate_options, prompt_ids)
+
+
+def _check_tokens(tokens: Any) -> None:
+    if isinstance(tokens, str) or not (tokens is None or isinstance(tokens, Iterable)):
+        what = "text" if isinstance(tokens, str) else f"a {type(tokens).__name__}"
+        raise InputError(f"tokens is {what}, expected token ids as they are said; attribute explains a whole response")
+
+
+def _token_id(index: int, token: Any) -> int:
+    try:
+        return operator.index(token)
+    except TypeError as error:
+        raise InputError(f"token {index} is {token!r}, expected a token id") from error
 
 
 def check_streamable(config: AttributionConfig) -> None:
@@ -177,7 +191,7 @@ class Stream:
             plain = encoded[scales.index(1.0)] if 1.0 in scales else encode(model, visuals, prompt)
             self._tokens = generate_steps(model, plain, max_new_tokens=max_new_tokens, options=generate_options)
         else:
-            self._tokens = end_tokens(model).cut(int(each) for each in tokens)
+            self._tokens = end_tokens(model).cut(_token_id(i, each) for i, each in enumerate(tokens))
         self._decoders = [Decoder(model, each, layer=config.layer) for each in encoded]
         self._blank: Decoder | None = None
         if config.evidence:

@@ -796,3 +796,17 @@ def test_one_pass_over_the_vocabulary_a_token(
     passes.clear()
     list(streaming)
     assert passes == [("lm_head_summary" if method == "arc" else "lm_head_log_prob", 3)] * 3
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, True, "5", None])
+def test_a_length_is_a_whole_number(qwen: fastattr.Model, n: Any) -> None:
+    asked = (
+        lambda: fastattr.attribute(qwen, picture(), PROMPT, max_new_tokens=n),
+        lambda: fastattr.attribute_batch(qwen, [(picture(), PROMPT, None)], max_new_tokens=n),
+        lambda: fastattr.stream(qwen, picture(), PROMPT, max_new_tokens=n),
+    )
+    for ask in asked:
+        with pytest.raises(
+            fastattr.InputError, match=rf"max_new_tokens is {n!r}, expected a whole number of at least 1"
+        ):
+            ask()

@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -213,3 +214,26 @@ def test_what_cannot_be_streamed(shapes: fastattr.Model) -> None:
     with pytest.raises(fastattr.InputError, match="top_k is 100000, expected at most"):
         fastattr.stream(shapes, image, "Describe the image.", [5], config=AttributionConfig(top_k=100_000))
     assert list(fastattr.stream(shapes, image, "Describe the image.", [], config=LENS)) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        ("red", "tokens is text, expected token ids"),
+        (5, "tokens is a int, expected token ids"),
+        ([5.5], r"token 0 is 5\.5, expected a token id"),
+        (["red"], "token 0 is 'red', expected a token id"),
+        ([5, None], "token 1 is None, expected a token id"),
+        (torch.tensor([[5, 6]]), r"token 0 is tensor\(\[5, 6\]\), expected a token id"),
+        (torch.tensor([5.0]), r"token 0 is tensor\(5\.\), expected a token id"),
+    ],
+)
+def test_tokens_are_ids(shapes: fastattr.Model, tokens: Any, told: str) -> None:
+    with pytest.raises(fastattr.InputError, match=told):
+        list(fastattr.stream(shapes, make_scene(5).image, PROMPT, tokens, "lens@1", evidence=False))
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([38, 7]), np.array([38, 7]), [np.int64(38), torch.tensor(7)]])
+def test_ids_of_any_kind(shapes: fastattr.Model, ids: Any) -> None:
+    steps = fastattr.stream(shapes, make_scene(5).image, PROMPT, ids, "lens@1", evidence=False)
+    assert [step.token_id for step in steps] == [38, 7]
