@@ -136,6 +136,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.evaluate",
         "fastattr.log",
         "fastattr.log.dashboard",
+        "fastattr.parts",
         "fastattr.storage",
         "fastattr.streaming",
         "fastattr.report",
