@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice
 from typing import Any, BinaryIO, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import fsspec
 import numpy as np
@@ -28,6 +27,7 @@ from fsspec.core import url_to_fs
 
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import DatasetError, ImageError, InputError
+from fastattr.images import path_of_url
 from fastattr.log.record import check_request_id
 from fastattr.log.requests import pictures_of, prompt_of
 from fastattr.storage import is_litter
@@ -466,7 +466,7 @@ def _image(value: Any, base: str) -> bytes | str:
     if not isinstance(value, str) or not value:
         raise InputError(f"the image is {_short(value)}, expected a path, a URL or bytes")
     if value.startswith("file://"):  # as parts of messages name files
-        value = unquote(urlsplit(value).path)
+        value = path_of_url(value)
     if value.startswith("data:"):
         head, comma, body = value.partition(",")
         if not comma or not head.endswith(";base64"):
