@@ -232,7 +232,8 @@ def _read_answer(why: Attribution | TokenText) -> tuple[_Leaf, ...]:
         start, stop = why.reasoning[-1]
         raise InputError(
             "fields are read from the answer, but the response ends with the model's reasoning, at character "
-            f"{stop}, which begins at character {start}; let it write more, with a larger max_new_tokens"
+            f"{stop}, which begins at character {start}; let it write more, with a larger max_new_tokens. If the reasoning was "
+            "removed from this response, pass the response as the model wrote it"
         )
     return _read_leaves(text)
 

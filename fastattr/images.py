@@ -257,7 +257,7 @@ def _source(image: Any) -> tuple[Path | bytes | Image.Image | np.ndarray, str]:
     if isinstance(image, str) and image[:5].lower() == "data:":
         return _decode_url(image), f"image {image[:40]!r}..."
     if isinstance(image, str) and image[:7].lower() == "file://":
-        return _existing(Path(unquote(urlsplit(image).path)))
+        return _existing(Path(path_of_url(image)))
     if isinstance(image, str) and "://" in image[:12]:
         raise ImageError(
             f"image is the URL {image!r}; URLs are not fetched, download it and pass the path or the bytes"
@@ -269,6 +269,16 @@ def _source(image: Any) -> tuple[Path | bytes | Image.Image | np.ndarray, str]:
     if hasattr(image, "__array__"):
         return as_array(image), "the image array"
     raise ImageError(f"image is a {type(image).__name__}, expected a path, a PIL image, an array or encoded bytes")
+
+
+def path_of_url(url: str) -> str:
+    """The path that a `file:` URL names. Raises `ImageError` where it is of another machine."""
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ImageError(
+            f"image {url!r} names a file of {parts.netloc!r}, expected one of this machine, file:///folder/picture.png"
+        )
+    return unquote(parts.path)
 
 
 def _existing(path: Path) -> tuple[Path, str]:

@@ -30,6 +30,7 @@ _PAIRS = [(re.compile(opening, _FLAGS), re.compile(closing, _FLAGS)) for opening
 _ANY_OPENING = re.compile("|".join(f"(?:{opening})" for opening, _ in _MARKS), _FLAGS)
 _LINE_OPENING = re.compile(rf"^[ \t]*(?={_ANY_OPENING.pattern})", _FLAGS | re.MULTILINE)
 _SPACE = re.compile(r"\s*")
+_ANSWER = re.compile(r"\s*(?:\n|\Z)|[\w{\[`*#<]")  # what may follow a closing mark without its opening
 
 
 def find_reasoning(text: str, prompt_end: str = "") -> tuple[Span, ...]:
@@ -65,9 +66,17 @@ def _first_end(text: str, prompt_end: str) -> int:
         if any(match.end() == len(before) for match in opening.finditer(before)):
             found = closing.search(text)
             return len(text) if found is None else found.end()
-    ends = [match for _, closing in _PAIRS[:_ALONE] if (match := closing.search(text))]
+    if text.lstrip().startswith("{"):  # JSON whose strings hold the mark
+        return 0
+    ends = [match for _, closing in _PAIRS[:_ALONE] for match in closing.finditer(text) if _is_border(text, match)]
     first = min(ends, key=lambda match: match.start(), default=None)
     return 0 if first is None or _ANY_OPENING.search(text, 0, first.start()) else first.end()
+
+
+def _is_border(text: str, mark: re.Match[str]) -> bool:
+    """Whether a closing mark separates two texts, instead of being mentioned in a sentence."""
+    begins_line = not text[: mark.start()].rpartition("\n")[2].strip()
+    return begins_line or _ANSWER.match(text, mark.end()) is not None
 
 
 def _block(text: str, start: int) -> int | None:

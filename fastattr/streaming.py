@@ -178,8 +178,18 @@ class Stream:
         generate_options: Mapping[str, Any] | None,
         prompt_ids: Sequence[int] | Tensor | None,
     ) -> None:
-        from fastattr.adapters import Decoder, Rows, check_prompt, encode, encode_scales, end_tokens, generate_steps
+        from fastattr.adapters import (
+            Decoder,
+            Rows,
+            acting,
+            check_prompt,
+            encode,
+            encode_scales,
+            end_tokens,
+            generate_steps,
+        )
 
+        self._acting = acting(model.hf_model, model.head)
         self._model, self._visuals, self._prompt, self._config = model, tuple(visuals), prompt, config
         self._backend = ops.resolve(config.backend, model.head.weight.device)
         self._scales = scales = config.known_scales
@@ -222,6 +232,13 @@ class Stream:
         return self
 
     def __next__(self) -> Step:
+        from fastattr.adapters import acting
+
+        if acting(self._model.hf_model, self._model.head) != self._acting:
+            raise InputError(
+                "the model was changed since the stream began (training mode, adapter or weights), so that what it reads now "
+                "does not belong to what it read before; stream anew, or change it between streams"
+            )
         token_id = next(self._tokens)
         check_ids(torch.tensor([token_id], device="cpu"), self._model.head)
         if token_id in self._model.placeholder_ids:

@@ -98,6 +98,8 @@ class AttributionConfig:
             ("method", get_args(Method)),
             ("scale_mean", ("arithmetic", "geometric")),
             ("aggregate", ("before", "after")),
+            ("decision_weight", (True, False)),
+            ("evidence", (True, False)),
             ("filter", (None, True, False)),
             ("arc_weight", ("product", "relevance")),
             ("context", ("all", "prompt", "response")),

@@ -137,6 +137,7 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.log",
         "fastattr.parts",
         "fastattr.log.dashboard",
+        "fastattr.parts",
         "fastattr.storage",
         "fastattr.streaming",
         "fastattr.report",

@@ -23,6 +23,7 @@ from fastattr.adapters.families import (
     registered_types,
 )
 from fastattr.adapters.generating import generate, generate_steps
+from fastattr.adapters.live import acting
 from fastattr.adapters.model import Model, check_model, explaining, hide_loading_bars, load, wrap
 from fastattr.adapters.states import log_probs_of_images, replay, replay_batch
 from fastattr.adapters.wording import template_notes
@@ -42,6 +43,7 @@ __all__ = [
     "Rows",
     "Shown",
     "StateBuffer",
+    "acting",
     "capture",
     "captured_reading",
     "check_model",

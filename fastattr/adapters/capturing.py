@@ -61,7 +61,7 @@ class CapturedStates:
         self.hidden: Tensor | None = None
         self._reading = model.live.reading
         self._adapters: frozenset[Any] | None = None
-        self._head_version: int | None = None  # when `generate` ran
+        self._head_then: tuple[Tensor, int] | None = None  # its weight and the version of that, when `generate` ran
         self._embedded = False
         self.end_tokens = end_tokens(model)
         self._pages = Pages(buffer)
@@ -98,7 +98,7 @@ class CapturedStates:
             return
         if not self.fed:
             self._adapters = adapters_of(unwrap_peft(self.model.hf_model))
-            self._head_version = version_of(self.head.weight)
+            self._head_then = (self.head.weight, version_of(self.head.weight))
             self.n_cached = _n_cached(kwargs.get("cache", kwargs.get("past_key_values")))  # renamed in transformers 5
         if self.prompt_ids is None:  # a decoding loop of the user's own
             self._keep_given(ids, kwargs)
@@ -215,7 +215,8 @@ class CapturedStates:
         """
         base = unwrap_peft(self.model.hf_model)
         is_another = self._reading is not self.model.live.reading and not self._reading.holds(base, self.model.config)
-        if is_another or self._head_version not in (None, version_of(self.head.weight)):
+        is_written = self._head_then is not None and version_of(self._head_then[0]) != self._head_then[1]
+        if is_another or is_written:
             raise InputError(
                 "the model's output head changed after generate ran (its weights, adapter, dtype or device), so the captured "
                 "states do not belong to it; explain an answer before the model is changed"

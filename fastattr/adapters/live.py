@@ -102,6 +102,11 @@ def adapters_of(hf_model: nn.Module) -> frozenset[Any]:
     return frozenset(found)
 
 
+def acting(hf_model: nn.Module, head: OutputHead) -> tuple[Any, ...]:
+    """What must stay as it is while a response is read on token by token: mode, adapters and the head's memory."""
+    return hf_model.training, adapters_of(unwrap_peft(hf_model)), version_of(head.weight)
+
+
 def vocabulary_of(tokenizer: Any) -> int | None:
     """One more than the largest token id. Where the tokenizer does not list its tokens, its length; None where it has none.
 

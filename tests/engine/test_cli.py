@@ -241,6 +241,7 @@ WRONG = {
     "methods": ("{picture}", "--out", "{folder}/x.png", "--method", "arc", "--method", "tam"),
     "scales": ("{picture}", "--scales", "0"),
     "prompt": ("{picture}", "--prompt", ""),
+    "half a character of an answer": ("{picture}", "--response", "caf\udce9"),
     "half a character": ("{picture}", "--prompt", "caf\udce9"),  # as Python reads an argument that is not UTF-8
     "image": ("{folder}/missing.png",),
     "no picture": ("{folder}/notes.txt",),

@@ -335,6 +335,8 @@ def test_a_broken_tag_beside_the_orientation(exif: bytes) -> None:
         ("data:image/png;base64,A*", "is not base64"),
         ("data:image/png,abc", "expected data:image/png;base64,"),
         ("file:///no/such/file.png", "'/no/such/file.png' is not a file"),
+        ("file://server/share/cat.png", "names a file of 'server', expected one of this machine"),
+        ("file://cat.png", "names a file of 'cat.png', expected one of this machine"),
         ("S3://bucket/cat.png", "URLs are not fetched"),
         (None, "image is a NoneType, expected a path, a PIL image, an array or encoded bytes"),
         (7, "image is a int, expected a path"),

@@ -352,6 +352,27 @@ def test_an_optimizer_step_after_generate() -> None:
     states.attribute(out, prompt=PROMPT)
 
 
+@pytest.mark.parametrize("change", ["adapter", "training", "step"])
+def test_a_model_that_changes_while_it_streams(change: str) -> None:
+    held = tiny.qwen2_vl()
+    adapted = lora(held, "q_proj", "v_proj")
+    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.eval()
+    model = fastattr.wrap(adapted, held.processor)
+    steps = fastattr.stream(model, picture(), PROMPT, [113, 236, 6], "lens@1", evidence=False)
+    next(steps)
+    if change == "adapter":
+        adapted.set_adapter("other")
+        adapted.eval()
+    elif change == "training":
+        adapted.train()
+    else:
+        with torch.no_grad():
+            held.hf_model.get_output_embeddings().weight.mul_(2)
+    with pytest.raises(fastattr.InputError, match="the model was changed since the stream began"):
+        next(steps)
+
+
 def test_a_head_that_is_replaced_after_generate() -> None:
     held = tiny.qwen2_vl()
     model = wrapped(held)

@@ -49,6 +49,20 @@ def test_fields_are_those_of_the_answer(model: fastattr.Model, response: str) ->
     assert why.response[slice(*field.span)] == "red" and field.span[0] == response.rindex("red")
 
 
+@pytest.mark.parametrize(
+    "response",
+    ['{"html": "</think>"}', '{"html": "</think>x"}', "The tag </think> closes it.", 'It says "</think>", twice.'],
+)
+def test_a_closing_mark_that_is_only_mentioned(response: str) -> None:
+    assert find_reasoning(response) == ()
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n", "", " \n"])
+def test_a_closing_mark_whose_opening_is_in_no_text(between: str) -> None:
+    draft = f"{DRAFT}</think>"
+    assert find_reasoning(f"{draft}{between}{JSON}") == ((0, len(draft)),)
+
+
 @pytest.mark.parametrize("response", [MARKED[0], MARKED[2]])
 def test_targets_are_the_fields_of_the_answer(model: fastattr.Model, response: str) -> None:
     why = fastattr.attribute(model, picture(), PROMPT, response, scales=(1.0,), evidence=False, targets="fields")
