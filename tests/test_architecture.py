@@ -137,7 +137,6 @@ ARROWS: dict[str, set[str]] = {
         "fastattr.log",
         "fastattr.parts",
         "fastattr.log.dashboard",
-        "fastattr.parts",
         "fastattr.storage",
         "fastattr.streaming",
         "fastattr.report",

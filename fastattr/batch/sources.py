@@ -27,7 +27,6 @@ from fsspec.core import url_to_fs
 from fastattr.batch.reach import MAX_ROW_BYTES, Reach, local_path, locate, open_regular, reach_of
 from fastattr.chat import Chat, Prompt, as_chat
 from fastattr.errors import DatasetError, ImageError, InputError
-from fastattr.images import path_of_url
 from fastattr.log.record import check_request_id
 from fastattr.log.requests import pictures_of, prompt_of
 from fastattr.storage import is_litter
@@ -467,13 +466,7 @@ def _image(value: Any, reach: Reach) -> bytes | str:
         return value
     if not isinstance(value, str) or not value:
         raise InputError(f"the image is {_short(value)}, expected a path, a URL or bytes")
-<<<<<<< HEAD
     if value[:5].lower() == "data:":
-=======
-    if value.startswith("file://"):  # as parts of messages name files
-        value = path_of_url(value)
-    if value.startswith("data:"):
->>>>>>> w-break
         head, comma, body = value.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise InputError(f"the image is {_short(value)}, expected data:image/png;base64,... or a path")
