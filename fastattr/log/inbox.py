@@ -76,7 +76,7 @@ def read_config(spool: Path) -> LogConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return LogConfig.from_mapping({**values, "attribution": from_saved(values["attribution"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f"{str(path)!r} cannot be read: {error}; give the spool directory that a logger uses, or --config FILE"
         ) from error
@@ -195,7 +195,7 @@ def read_request(path: Path, model: Model) -> Request:
             manifest: dict[str, Any] = json.loads((file.metadata() or {})["request"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _from_manifest(manifest, tensors, model)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SaveError(f"{str(path)!r} cannot be read as a request: {error!r}") from error
 
 

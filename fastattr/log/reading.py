@@ -305,7 +305,7 @@ def tallies(
             read.append(_tally(json.loads(filesystem.cat_file(path))))
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             damaged.append(Damaged(path, f"not a tally: {error!r}"[:300]))
     return tuple(sorted(read, key=lambda tally: (tally.started, tally.writer))), tuple(damaged)
 

@@ -272,7 +272,7 @@ def _pretty(text: str) -> list[tuple[str, str]]:
     """JSON object as rows; what is no object is one row, as it is."""
     try:
         stored = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [("", text)]
     if not isinstance(stored, dict):
         return [("", text)]
