@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +19,13 @@ from fastattr.errors import ImageError
 # registered plugin.
 _COMMON = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000")
 FORMATS = (*_COMMON, "PPM", "ICO", "ICNS", "TGA", "QOI", "PCX", "SGI", "DDS", "MSP", "SPIDER", "IM", "XBM")
+
+MAX_DECODED_BYTES = 1 << 30  # that decoding one picture may take
+# nearly what decoding to RGB takes, measured: Pillow holds RGB in 4 bytes a pixel, twice while it converts
+_BYTES_PER_PIXEL = 8
+_ALPHA_BYTES_PER_PIXEL = 8
+_WHOLE_FRAME_BYTES_PER_PIXEL = 8  # where the decoder has frames of its own
+_WHOLE_FRAME = ("WEBP", "AVIF", "HEIF", "JPEG2000")
 
 ORIENTATION = 0x0112  # of EXIF
 _BITS, _PHOTOMETRIC = 258, 262  # tags of TIFF
@@ -48,14 +56,49 @@ def decoder_errors(name: str) -> Iterator[None]:
         raise ImageError(f"{name} cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
-def open_picture(source: Path | bytes, name: str) -> Image.Image:
-    """Open a picture of one of `FORMATS` and read its header, not its pixels. The caller closes it.
+def open_picture(source: Path | bytes, name: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open a picture of one of `formats` and read its header, not its pixels. The caller closes it.
 
     Raises:
-        ImageError: it has another format, is damaged, or of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` allows.
+        ImageError: it has another format, is damaged, of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` allows, or
+            decoding it would take more than `MAX_DECODED_BYTES`.
     """
-    with decoder_errors(name):
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_known_formats())
+    with decoder_errors(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of what is well below the limit here
+        opened = Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source,
+            formats=[each for each in formats if each in _known_formats()],
+        )
+    try:
+        check_memory(opened, name)
+    except ImageError:
+        opened.close()
+        raise
+    return opened
+
+
+def check_memory(image: Image.Image, name: str) -> None:
+    """Raises `ImageError` where to decode the frame an image stands at would take more than `MAX_DECODED_BYTES`."""
+    clear = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    per_pixel = _BYTES_PER_PIXEL + clear * _ALPHA_BYTES_PER_PIXEL
+    per_pixel += (image.format in _WHOLE_FRAME) * _WHOLE_FRAME_BYTES_PER_PIXEL
+    n_bytes = image.width * image.height * per_pixel
+    if n_bytes > MAX_DECODED_BYTES:
+        raise ImageError(
+            f"{name} is {image.width} x {image.height} pixels, and decoding it would take {n_bytes >> 20} MiB, expected at most "
+            f"{MAX_DECODED_BYTES >> 20}; make it smaller first"
+        )
+
+
+def read_png(data: bytes) -> np.ndarray:
+    """uint8 `[height width 3]` of a PNG in a saved result or a record, which may be damaged or forged.
+
+    Raises:
+        ImageError: it is no PNG, damaged, or too large.
+    """
+    name = "the picture of the result"
+    with open_picture(data, name, ("PNG",)) as opened:
+        return np.asarray(to_rgb(opened, name))
 
 
 @cache
@@ -90,6 +133,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name} is {image.width} x {image.height} pixels, expected at least 1 x 1")
     with decoder_errors(name):
         clear = _clear_grey(image, name)
+        if getattr(image, "tile", None):  # its pixels are not there yet
+            check_memory(image, name)
         image.load()
         if image.mode.startswith("I") or clear is not None:
             return _from_grey(image, clear, name)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import SupportsIndex, TypeVar
 
 import numpy as np
+import regex
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,7 @@ from fastattr.words import phrase_spans, word_spans
 
 T = TypeVar("T")
 
+MAX_PATTERN_S = 5.0  # that `find` looks for a pattern
 BOX_LEVEL = 0.5  # of the peak: the region around it that counts as found
 _BOX_SIDE = 512  # pixels; maps are upsampled to at most this for boxes
 
@@ -214,14 +216,21 @@ def select_pattern(attribution: Attribution, pattern: str) -> Selection:
     r"""Every match of a regular expression, for example `\d+`.
 
     Raises:
-        InputError: the pattern does not compile.
+        InputError: the pattern does not compile, or takes longer than `MAX_PATTERN_S`.
         PhraseError: nothing matches.
     """
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
         raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
-    spans = tuple(match.span() for match in compiled.finditer(attribution.response) if match.end() > match.start())
+    try:
+        matches = compiled.finditer(attribution.response, timeout=MAX_PATTERN_S)
+        spans = tuple(match.span() for match in matches if match.end() > match.start())
+    except TimeoutError as error:
+        raise InputError(
+            f"{pattern!r} takes longer than {MAX_PATTERN_S:g} s on a response of {len(attribution.response)} characters; "
+            "write it without a repetition within a repetition"
+        ) from error
     if not spans:
         raise PhraseError(
             f"a match of {pattern!r} is not in the response; its words are: {_words_of(said_text(attribution))}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from fastattr.calibration import Calibration
 from fastattr.config import from_saved
+from fastattr.decoding import read_png
 from fastattr.errors import InputError, SaveError
 from fastattr.types import Attribution
 
@@ -93,20 +95,25 @@ def load(path: str | Path) -> Attribution:
                 raise SaveError(
                     f"{str(path)!r} is a safetensors file, but not an attribution: it has no 'fastattr' manifest"
                 )
-            manifest = json.loads(stored)
+            manifest: Any = json.loads(stored)
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise SaveError(
-            f"{str(path)!r} has format {manifest.get('format')}, this version reads {FORMAT}; use a matching fastattr"
-        )
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise SaveError(f"{str(path)!r} has format {found}, this version reads {FORMAT}; use a matching fastattr")
     try:
-        config = from_saved(manifest["config"])
-    except InputError as error:
-        raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error}") from error
+        attribution = _from_manifest(manifest, tensors)
+        _check_whole(attribution)
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error!r}") from error
+    return attribution
+
+
+def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Attribution:
+    config = from_saved(manifest["config"])
     pictures = tuple(
-        np.stack([_from_png(tensors[f"picture.{i}.{t}"]) for t in range(frames)])
+        np.stack([read_png(tensors[f"picture.{i}.{t}"].numpy().tobytes()) for t in range(frames)])
         for i, frames in enumerate(manifest["frames"])
     )
     values: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
@@ -121,6 +128,38 @@ def load(path: str | Path) -> Attribution:
         calibration=None if calibration is None else Calibration(**calibration),
         **values,
     )
+
+
+def _check_whole(held: Attribution) -> None:
+    """That the parts of a file fit together and can be shown. Raises `ValueError`, or what a part of a wrong type raises."""
+    n = len(held.tokens)
+    texts = (held.response, held.prompt, held.model, held.source, held.backend)
+    words = (
+        *texts,
+        *held.tokens,
+        *held.context_tokens,
+        *held.notes,
+        *(each for pair in held.versions for each in pair),
+    )
+    if not all(isinstance(each, str) for each in words) or any(len(pair) != 2 for pair in held.versions):
+        raise ValueError("a text in it is no text")
+    spans = (*held.spans, *held.reasoning)
+    if len(held.spans) != n or len(held.token_ids) != n or not all(0 <= a <= b <= len(held.response) for a, b in spans):
+        raise ValueError(f"it holds {n} tokens, and spans or ids that do not fit them")
+    if not all(0 <= index < n for index in held.special):
+        raise ValueError("it holds special tokens that it has not")
+    shapes = [tuple(held.context.shape), *(tuple(each.shape[:1]) for each in (held.log_prob, held.agreement))]
+    if shapes != [(n, len(held.context_tokens)), (n,), (n,)]:
+        raise ValueError(f"it holds {n} tokens and tensors of {shapes}")
+    for grid in held.image:
+        if grid.ndim != 4 or len(grid) != n or 0 in grid.shape[1:] or not grid.is_floating_point():
+            raise ValueError(f"a map is {grid.dtype} {tuple(grid.shape)}, expected floats [{n} t h w]")
+    if not len(held.image) == len(held.extents) or len(held.pictures) not in (0, len(held.image)):
+        raise ValueError(
+            f"it holds {len(held.image)} maps, {len(held.extents)} extents and {len(held.pictures)} pictures"
+        )
+    if not all(len(box) == 4 and all(math.isfinite(side) for side in box) for box in held.extents):
+        raise ValueError("an extent is no box")
 
 
 def write_calibration(calibration: Calibration, path: str | Path) -> Path:
@@ -147,7 +186,7 @@ def read_calibration(path: str | Path) -> Calibration:
             held = ", ".join(sorted(stored)) if isinstance(stored, dict) else type(stored).__name__
             raise InputError(f"it holds {held or 'nothing'}, expected {', '.join(sorted(expected))}")
         return Calibration(**stored)
-    except (OSError, ValueError) as error:  # InputError, JSON and UTF-8 errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # InputError, JSON and UTF-8 errors are ValueErrors
         raise InputError(
             f"{str(path)!r} cannot be read as a calibration: {error}; write a new one with "
             "fastattr eval DATASET --calibration FILE, or take it away"
@@ -218,10 +257,6 @@ def _to_png(frame: np.ndarray) -> Tensor:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, format="PNG")
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _from_png(data: Tensor) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data.numpy().tobytes())))
 
 
 def _frozen(value: Any) -> Any:

@@ -10,18 +10,24 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fastattr.decoding import decoder_errors, place_in_sequence, to_rgb, turn_upright
+from fastattr.decoding import check_memory, decoder_errors, place_in_sequence, to_rgb, turn_upright
 from fastattr.errors import ImageError, InputError, how_to_install
 
 FPS = 2.0
 MIN_FRAMES, MAX_FRAMES = 4, 768
 MAX_VIDEO_BYTES = 1 << 30  # of all frames together, decoded
+MAX_ANIMATION_PIXELS = (
+    1 << 32
+)  # of all frames of an animated picture, which must be decoded to know how long each is shown
+
+_LEAST_PIXELS = 1 << 14  # a frame takes time however small it is
 
 _PICTURE_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"jxl ")
 _QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -143,8 +149,9 @@ def read_animation(image: Image.Image, sampling: Sampling, name: str, *, upright
     with decoder_errors(name):
         shown, total, _ = place_in_sequence(image)
         try:
-            lengths_ms = [_length_ms(image, k) for k in range(total)]
-            begins_ms = [sum(lengths_ms[:k]) for k in range(total)]
+            _check_work(total, image.width * image.height, name)
+            lengths_ms = [_length_ms(image, k, name) for k in range(total)]
+            begins_ms = [0, *accumulate(lengths_ms)]
             indices = choose_frames(total, 1000 * total / sum(lengths_ms), sampling, name, every=True)
             _check_size(len(indices), image.width * image.height, name)
             frames = []
@@ -172,9 +179,10 @@ def _spanned(indices: Sequence[int]) -> int:
     return indices[-1] - indices[0] + 1
 
 
-def _length_ms(image: Image.Image, index: int) -> int:
+def _length_ms(image: Image.Image, index: int, name: str) -> int:
     """Duration of a frame."""
     image.seek(index)
+    check_memory(image, name)  # a page or a frame may be larger than the first
     image.load()  # sets the duration for WebP
     length_ms = round(image.info.get("duration") or 0)
     return length_ms if length_ms > 0 else 1000 if image.format == "TIFF" else 100  # without a duration, as browsers
@@ -236,8 +244,17 @@ def _decode(source: Path | bytes, indices: Sequence[int], name: str) -> tuple[li
     """The frames of ascending indices, and the number of frames that were decoded for them. Raises `ImageError`."""
     frames: list[Image.Image] = []
     n_decoded = 0
+    first: tuple[int, int] | None = None
     with _opened(source, name) as (container, stream):
         for frame in container.decode(stream):
+            if first is None:
+                first = frame.width, frame.height  # which may not be what the header says
+                _check_size(len(indices), frame.width * frame.height, name)
+            if (frame.width, frame.height) != first:
+                raise ImageError(
+                    f"{name} changes from {first[0]} x {first[1]} to {frame.width} x {frame.height} pixels at frame {n_decoded}; "
+                    "expected one size"
+                )
             while len(frames) < len(indices) and indices[len(frames)] == n_decoded:
                 turned = getattr(frame, "rotation", 0)  # degrees, counterclockwise
                 picture = frame.to_image()
@@ -246,6 +263,14 @@ def _decode(source: Path | bytes, indices: Sequence[int], name: str) -> tuple[li
             if len(frames) == len(indices):
                 break
     return frames, n_decoded
+
+
+def _check_work(n_frames: int, pixels: int, name: str) -> None:
+    if n_frames * max(pixels, _LEAST_PIXELS) > MAX_ANIMATION_PIXELS:
+        raise ImageError(
+            f"{name} says it holds {n_frames} frames of {pixels} pixels, which is too much to decode; expected at most "
+            f"{MAX_ANIMATION_PIXELS} pixels in all; make it smaller or shorter first"
+        )
 
 
 def _check_size(n_frames: int, pixels: int, name: str) -> None:

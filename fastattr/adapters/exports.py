@@ -132,12 +132,12 @@ def read_sglang(
         told = response["meta_info"]
         steps = told["hidden_states"]
         n_prompt, n_said = int(told["prompt_tokens"]), int(told["completion_tokens"])
-    except (KeyError, TypeError, ValueError) as missing:
+        cached = int(told.get("cached_tokens") or 0)
+    except (KeyError, TypeError, ValueError, OverflowError) as missing:
         raise StatesError(
-            f"the response holds {', '.join(response) or 'nothing'} and lacks {missing}, expected meta_info with "
+            f"the response holds {', '.join(map(str, response)) or 'nothing'} and lacks {missing}, expected meta_info with "
             "hidden_states, prompt_tokens and completion_tokens; ask with return_hidden_states=True"
         ) from missing
-    cached = int(told.get("cached_tokens") or 0)
     if cached:
         raise StatesError(
             f"{cached} of {n_prompt} prompt tokens came from SGLang's prefix cache, so their states are missing and the "

@@ -648,7 +648,7 @@ def _key(path: str) -> tuple[str, str]:
 def _shards_of_index(name: str, data: bytes) -> list[str]:
     try:
         shards = [each["url"] for each in json.loads(data)["shardlist"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(
             f"{name!r} is no index of WebDataset shards, expected {{'shardlist': [{{'url': ...}}]}}"
         ) from error

@@ -459,5 +459,5 @@ def main() -> None:
     try:
         app()
     except FastattrError as error:
-        print(f"fastattr: {type(error).__name__}: {error}", file=sys.stderr)
+        print(printable(f"fastattr: {type(error).__name__}: {error}"), file=sys.stderr)  # it may quote anything
         raise SystemExit(2) from None

@@ -174,7 +174,7 @@ def doctor(
 def serve(
     dest: Dest,
     host: Annotated[
-        str, typer.Option(help="The address to listen on; others than loopback are open to all.")
+        str, typer.Option(help="The address to listen on; others than loopback need the token it prints.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8765,
 ) -> None:

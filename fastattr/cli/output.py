@@ -32,6 +32,7 @@ def printable(text: str, *, lines: bool = True) -> str:
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[object]], *, widest: int = 48) -> None:
     """Columns under their names; numbers to the right, long texts cut."""
+    names = [printable(name, lines=False) for name in names]  # those of a pivoted table are values
     shown = [[_cell(value, widest) for value in row] for row in rows]
     columns = list(zip(*shown, strict=True)) if shown else [()] * len(names)
     sides = [str.rjust if any(column) and all(map(_is_number, column)) else str.ljust for column in columns]

@@ -310,7 +310,7 @@ def read_limits(path: str | Path) -> dict[Stream, ControlLimits]:
                 raise InputError(f"{stream} does not name a model, a revision and a signal, expected three texts")
             limits[stream] = ControlLimits(**row)
         return limits
-    except (OSError, ValueError) as error:  # InputError, JSON and UTF-8 errors are ValueErrors
+    except (OSError, ValueError, RecursionError) as error:  # InputError, JSON and UTF-8 errors are ValueErrors
         raise InputError(
             f"{str(path)!r} cannot be read as control limits: {error}; take it away to learn them again"
         ) from error

@@ -78,7 +78,7 @@ def read_config(spool: Path) -> LogConfig:
         if "attribution" in values:
             values["attribution"] = from_saved(values["attribution"])
         return LogConfig.from_mapping(values)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"{str(path)!r} cannot be read: {error}; give the spool directory that a logger uses, or --config FILE"
         ) from error
@@ -197,7 +197,7 @@ def read_request(path: Path, model: Model) -> Request:
             manifest: dict[str, Any] = json.loads((file.metadata() or {})["request"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _from_manifest(manifest, tensors, model)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SaveError(f"{str(path)!r} cannot be read as a request: {error!r}") from error
 
 

@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -47,8 +48,11 @@ _ORDERS = {
     # a record without evidence has nothing to be low; DuckDB counts NaN as the largest number
     "lowest_evidence": "mean_evidence NULLS LAST, time DESC, record_id",
 }
+MAX_QUERY_S = 120.0
+MAX_QUERY_BYTES = 1 << 32  # of DuckDB at work, and of an answer
 _FETCHED_AT_ONCE = 32  # records held in memory while reading whole rows, tens of kilobytes each
 _LOOKED_AT_ONCE = 16  # footers read side by side: a store answers each in tens of milliseconds
+_ROWS_AT_ONCE = 2048  # of an answer
 _ROW_GROUP = 64  # rows of an exported file that are found and read together
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # in what DuckDB says when its input breaks off
@@ -305,7 +309,7 @@ def tallies(
             read.append(_tally(json.loads(filesystem.cat_file(path))))
         except FileNotFoundError:
             continue
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             damaged.append(Damaged(path, f"not a tally: {error!r}"[:300]))
     return tuple(sorted(read, key=lambda tally: (tally.started, tally.writer))), tuple(damaged)
 
@@ -339,6 +343,7 @@ def _connect(log: Log) -> Iterator[duckdb.DuckDBPyConnection]:
     connection = duckdb.connect(":memory:", config=closed)  # type: ignore[arg-type]
     try:
         connection.execute("SET TimeZone = 'UTC'; SET python_enable_replacements = false; SET temp_directory = ''")
+        connection.execute(f"SET memory_limit = '{MAX_QUERY_BYTES}B'")
         connection.register("records", log.dataset)
         connection.execute(
             "CREATE VIEW tokens AS "
@@ -351,15 +356,59 @@ def _connect(log: Log) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 def _select(log: Log, sql: str, parameters: Sequence[Any] = ()) -> Any:
-    """The rows of `sql` as an Arrow table; parameters are bound, never pasted."""
+    """The rows of `sql` as an Arrow table; parameters are bound, never pasted.
+
+    Raises:
+        InputError: it is wrong, or takes longer than `MAX_QUERY_S` or more memory than `MAX_QUERY_BYTES`.
+        SaveError: a segment cannot be read.
+    """
+    late = threading.Event()
     with _connect(log) as connection:
+
+        def stop() -> None:
+            late.set()
+            connection.interrupt()
+
+        timer = threading.Timer(MAX_QUERY_S, stop)
+        timer.daemon = True
+        timer.start()
         try:
             relation = connection.sql(sql, params=list(parameters))
-            return pa.table({}) if relation is None else relation.to_arrow_table()
-        except duckdb.Error as error:
+            return pa.table({}) if relation is None else _bounded(relation, late)
+        except (duckdb.Error, pa.ArrowException, OSError) as error:
+            if late.is_set() or isinstance(error, duckdb.InterruptException):
+                raise InputError(
+                    f"the query takes longer than {MAX_QUERY_S:.0f} s; ask for less, for example with a WHERE on time"
+                ) from error
             if any(sign in str(error) for sign in _ARROW_FAILED):
                 raise _unreadable(log, error) from error
-            raise InputError(f"the query cannot be answered: {error}") from error
+            raise InputError(f"the query cannot be answered: {_visible(str(error))}") from error
+        finally:
+            timer.cancel()
+            timer.join()  # it may be interrupting the connection, which is closed next
+
+
+def _bounded(relation: Any, late: threading.Event) -> Any:
+    """All rows of an answer, as long as they fit. Raises `InputError`."""
+    read = getattr(relation, "to_arrow_reader", None) or relation.fetch_record_batch  # as DuckDB before 1.4 calls it
+    reader = read(_ROWS_AT_ONCE)
+    batches, n_bytes = [], 0
+    for batch in reader:
+        n_bytes += batch.nbytes
+        if n_bytes > MAX_QUERY_BYTES:
+            raise InputError(
+                f"the answer of the query is larger than {MAX_QUERY_BYTES >> 20} MiB; ask for fewer rows or columns, with LIMIT "
+                "or an aggregate"
+            )
+        if late.is_set():
+            raise duckdb.InterruptException("it takes too long")
+        batches.append(batch)
+    return pa.Table.from_batches(batches, schema=reader.schema)
+
+
+def _visible(text: str) -> str:
+    """With control characters as escapes: what DuckDB says quotes values, which a terminal would obey."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
 
 
 def query(dest: Source, sql: str, *, storage_options: Mapping[str, Any] | None = None) -> Any:

@@ -5,7 +5,6 @@ Rows are built column by column: a record of 200 tokens must cost a few millisec
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
@@ -17,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastattr.calibration import Calibration
 from fastattr.config import from_saved
+from fastattr.decoding import read_png
 from fastattr.descriptors import describe_levels
-from fastattr.errors import InputError, SaveError
+from fastattr.errors import ImageError, InputError, SaveError
 from fastattr.log.schema import CONTEXT, SCHEMA, TOKEN, TOP_CONTEXT
 from fastattr.selection import BOX_LEVEL, count_low_evidence
 from fastattr.text import Span, reasoning_tokens
@@ -256,8 +255,8 @@ def _read(batch: pa.RecordBatch, row: int) -> Record:
 
     try:
         return _read_row(batch, row)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        if isinstance(error, InputError):
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        if isinstance(error, InputError) and not isinstance(error, ImageError):
             raise
         raise SaveError(
             f"record {value('record_id')!r} of writer {value('writer')!r} cannot be read: {error}; "
@@ -553,7 +552,7 @@ def _tensor(column: pa.Array) -> Tensor:
 
 def _decode(png: bytes) -> np.ndarray:
     """uint8 `[1 height width 3]`."""
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[None]
+    return read_png(png)[None]
 
 
 def _frozen(values: list[Any] | None) -> tuple[Any, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ _NARROWEST = 96  # a tall, thin picture still leaves room for its caption
 _NARROWEST_STRIP = 260  # and for the word on where it peaks
 _SHEET_WIDTH = 1600
 _MARGIN, _GAP, _FRAME_GAP, _CAPTION = 16, 12, 4, 26
+_LONGEST_CAPTION = _SHEET_WIDTH
 _PAPER, _INK, _FADED = (255, 255, 255), (32, 33, 36), (120, 122, 128)
 
 
@@ -273,10 +275,11 @@ def _caption(
     number = f"{token + 1} "
     draw.text(at, number, _FADED, font)
     start = draw.textlength(number, font)
-    visible = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text.strip(" "))
+    text = text.strip(" ")[:_LONGEST_CAPTION]  # no letter is narrower than a pixel
+    visible = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     shown = "".join(visible) or "' '"
     if draw.textlength(shown, font) > width - start:
-        while shown and draw.textlength(shown + "…", font) > width - start:
-            shown = shown[:-1]
-        shown += "…"
+        lengths = range(len(shown) + 1)
+        fits = bisect_right(lengths, width - start, key=lambda n: draw.textlength(f"{shown[:n]}…", font))
+        shown = f"{shown[: max(0, fits - 1)]}…"
     draw.text((at[0] + start, at[1]), shown, _INK, font)

@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import uvicorn
-
 from fastattr.log.dashboard import create_app
+from fastattr.log.dashboard.guarding import server_of
 
 
 @contextmanager
-def serving(dest: Path) -> Iterator[int]:
+def serving(dest: Path, token: str | None = None) -> Iterator[int]:
     """The port of a dashboard over `dest`."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(dest), log_level="error"))
+        server = server_of(create_app(dest, token=token))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

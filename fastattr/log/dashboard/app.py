@@ -1,8 +1,9 @@
 """Pages over a log: the list of responses, trends, one response with its report. Reads only, and only what SQL finds.
 
 Everything shown came from models and callers, so: templates escape, no page of ours runs a script, reports run theirs in a
-sandbox without an origin, and requests for other host names are refused (a web site that points its own name here would
-otherwise read the log through its visitor's browser). No part of an address ever becomes a path.
+sandbox without an origin, and on loopback requests for other host names are refused (a web site that points its own name
+here would otherwise read the log through its visitor's browser); elsewhere there is a token. No part of an address ever
+becomes a path.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import secrets
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
@@ -20,42 +23,30 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-import uvicorn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastattr.errors import InputError, SaveError
 from fastattr.log import reading
 from fastattr.log.dashboard import charts
+from fastattr.log.dashboard.guarding import Login, OwnSite, SafeHeaders, server_of
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 PAGE = 50  # responses on a page
 LAST_PAGE = 1_000_000
+PAGES_AT_ONCE = 4  # that are made; others wait
 
 logger = logging.getLogger("fastattr")
 
 _HERE = Path(__file__).parent
-_POLICY = (
-    "default-src 'none'; style-src 'self'; img-src data:; frame-src 'self'; form-action 'self'; base-uri 'none'; "
-    "frame-ancestors 'self'"
-)
 # the report brings a policy of its own that allows its one script by digest; this takes the origin away from it
 _REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'self'"
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 _ORDERS = {"newest": "newest first", "oldest": "oldest first", "lowest_evidence": "lowest evidence first"}
 _RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 
@@ -63,18 +54,27 @@ _RANGES = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta
 def create_app(
     dest: str | Path,
     *,
-    hosts: tuple[str, ...] = LOOPBACK,
+    token: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Starlette:
-    """The web app; it answers requests for these host names only.
+    """The web app.
+
+    Args:
+        token: only who knows it is answered, under any host name. Without one everybody is, under the names of loopback
+            only: a web site that points its own name here would otherwise read the log through its visitor's browser.
 
     Raises:
         InputError, SaveError: the destination cannot be read.
     """
     reading.open_log(dest, storage_options)
+    at_once = threading.BoundedSemaphore(PAGES_AT_ONCE)
 
     def page(show: Callable[[Request, reading.Log], Response]) -> Callable[[Request], Response]:
-        return lambda request: show(request, reading.open_log(dest, storage_options))
+        def shown(request: Request) -> Response:
+            with at_once:
+                return show(request, reading.open_log(dest, storage_options))
+
+        return shown
 
     def trends(request: Request, log: reading.Log) -> Response:
         return _trends(request, log, *reading.tallies(dest, storage_options))
@@ -88,8 +88,11 @@ def create_app(
             Route("/dashboard.css", _style, methods=["GET"]),
         ],
         middleware=[
-            Middleware(_SafeHeaders),
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
+            Middleware(SafeHeaders, show=_message),
+            Middleware(OwnSite, show=_message),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK), www_redirect=False)
+            if token is None
+            else Middleware(Login, token=token, show=_message),
         ],
         exception_handlers={InputError: _refused, SaveError: _unreadable, HTTPException: _no_page},
     )
@@ -102,13 +105,16 @@ def serve(
     port: int = 8765,
     storage_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Serve the dashboard until interrupted; on loopback unless another address is named.
+    """Serve the dashboard until interrupted; on loopback unless another address is named, which needs a token.
+
+    The token is new with every start, and printed.
 
     Raises:
         InputError, SaveError: the destination cannot be read, or the address cannot be listened on.
     """
     name = f"[{host}]" if ":" in host else host
-    app = create_app(dest, hosts=(*LOOPBACK, name), storage_options=storage_options)
+    token = None if _is_loopback(host) else secrets.token_urlsafe(24)
+    app = create_app(dest, token=token, storage_options=storage_options)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)
@@ -117,16 +123,18 @@ def serve(
             f"nothing can listen on {host}, port {port}: {error.strerror or error}; choose another port, 0 takes a free one"
         ) from error
     with listening:
-        print(f"http://{name}:{listening.getsockname()[1]}  (Ctrl+C stops)", flush=True)
-        if not _is_loopback(host):
+        port = listening.getsockname()[1]
+        print(f"http://{name}:{port}  (Ctrl+C stops)", flush=True)
+        if token is not None:
+            reached = socket.gethostname() if host in ("0.0.0.0", "::") else name
+            print(f"log in with http://{reached}:{port}/?token={token}", flush=True)
             print(
-                f"warning: there is no login, and everyone who reaches {host} can read every record; "
+                "warning: nothing is encrypted: who can listen on the way reads the token and the records; "
                 "leave --host out and tunnel instead, for example ssh -L 8765:localhost:8765",
                 file=sys.stderr,
                 flush=True,
             )
-        config = uvicorn.Config(app, log_level="warning", server_header=False)
-        uvicorn.Server(config).run(sockets=[listening])
+        server_of(app).run(sockets=[listening])
 
 
 def _is_loopback(host: str) -> bool:
@@ -134,23 +142,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-class _SafeHeaders:
-    """Puts the headers on every answer, refusals too."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(_HEADERS)
-                headers.setdefault("Content-Security-Policy", _POLICY)
-            await send(message)
-
-        await self.app(scope, receive, send_safely)
 
 
 # --- pages -----------------------------------------------------------------------------------------
@@ -272,7 +263,7 @@ def _pretty(text: str) -> list[tuple[str, str]]:
     """JSON object as rows; what is no object is one row, as it is."""
     try:
         stored = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return [("", text)]
     if not isinstance(stored, dict):
         return [("", text)]
