@@ -53,6 +53,11 @@ class Submission:
 _SEQUENCES = (list, tuple)
 _ENCODED = (bytes, bytearray, memoryview)
 
+REQUEST_BYTES = 1024  # of a request's own objects
+_ID_BYTES = 36  # of an int and its place in a tuple
+_TOKEN_BYTES = 64  # of a short string and its place in a tuple
+_VALUE_BYTES = 64  # of a number, or of an empty list or mapping
+
 
 class Captured(NamedTuple):
     """States of a `generate` call, and what it returned."""
@@ -182,16 +187,38 @@ def as_images(images: Any) -> tuple[Any, ...]:
     return tuple(images) if isinstance(images, _SEQUENCES) else (images,)
 
 
-def bytes_of(job: Captured | Replay | Made, images: Sequence[Any]) -> int:
-    """What a job and its images hold in memory, nearly."""
-    held = sum(_image_bytes(image) for image in images)
+def bytes_of(job: Captured | Replay | Made, submission: Submission) -> int:
+    """What a job and its submission hold in memory, nearly, and at least what their texts, ids and pictures do."""
+    held = REQUEST_BYTES + sys.getsizeof(submission.request_id) + _text_bytes(submission.prompt)
+    held += _text_bytes(submission.metadata) + sum(_image_bytes(image) for image in submission.images)
     if isinstance(job, Captured):
         return held + job.states.n_bytes
     if isinstance(job, Replay):
-        return held + sys.getsizeof(job.response_ids) + sys.getsizeof(job.prompt_ids)
+        n_ids = len(job.response_ids) + len(job.prompt_ids or ())
+        return held + n_ids * _ID_BYTES
     why = job.why
     tensors = [*why.image, why.context, why.relevance, why.log_prob]
-    return held + sum(each.nbytes for each in tensors if each is not None) + sum(each.nbytes for each in why.pictures)
+    texts = sys.getsizeof(why.response) + _TOKEN_BYTES * (len(why.tokens) + len(why.context_tokens))
+    return held + texts + sum([each.nbytes for each in (*tensors, *why.pictures) if each is not None])
+
+
+def _text_bytes(value: Any) -> int:
+    """What strings hold, wherever they stand in messages or metadata. Objects of other kinds count as little."""
+    held, left = 0, [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str | bytes):
+            held += sys.getsizeof(each)
+            continue
+        held += _VALUE_BYTES
+        if isinstance(each, Mapping):
+            left += each.keys()
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
+        elif isinstance(each, Chat):
+            left += (each.messages, each.tools, each.template_options)
+    return held
 
 
 def _image_bytes(image: Any) -> int:
