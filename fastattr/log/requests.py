@@ -53,10 +53,8 @@ class Submission:
 _SEQUENCES = (list, tuple)
 _ENCODED = (bytes, bytearray, memoryview)
 
-REQUEST_BYTES = 1024  # of a request's own objects
+_SHORT_TEXTS_BYTES = 1024  # of a request, too little to count, as its own objects are
 _ID_BYTES = 36  # of an int and its place in a tuple
-_TOKEN_BYTES = 64  # of a short string and its place in a tuple
-_VALUE_BYTES = 64  # of a number, or of an empty list or mapping
 
 
 class Captured(NamedTuple):
@@ -188,9 +186,10 @@ def as_images(images: Any) -> tuple[Any, ...]:
 
 
 def bytes_of(job: Captured | Replay | Made, submission: Submission) -> int:
-    """What a job and its submission hold in memory, nearly, and at least what their texts, ids and pictures do."""
-    held = REQUEST_BYTES + sys.getsizeof(submission.request_id) + _text_bytes(submission.prompt)
-    held += _text_bytes(submission.metadata) + sum(_image_bytes(image) for image in submission.images)
+    """What a job and its submission hold in memory, nearly: tensors, pictures, ids and texts."""
+    response = job.why.response if isinstance(job, Made) else None
+    texts = _text_bytes((submission.prompt, submission.metadata, response))
+    held = max(0, texts - _SHORT_TEXTS_BYTES) + sum(map(_image_bytes, submission.images))
     if isinstance(job, Captured):
         return held + job.states.n_bytes
     if isinstance(job, Replay):
@@ -198,20 +197,17 @@ def bytes_of(job: Captured | Replay | Made, submission: Submission) -> int:
         return held + n_ids * _ID_BYTES
     why = job.why
     tensors = [*why.image, why.context, why.relevance, why.log_prob]
-    texts = sys.getsizeof(why.response) + _TOKEN_BYTES * (len(why.tokens) + len(why.context_tokens))
-    return held + texts + sum([each.nbytes for each in (*tensors, *why.pictures) if each is not None])
+    return held + sum([each.nbytes for each in (*tensors, *why.pictures) if each is not None])
 
 
 def _text_bytes(value: Any) -> int:
-    """What strings hold, wherever they stand in messages or metadata. Objects of other kinds count as little."""
+    """What strings hold, wherever they stand in messages or metadata."""
     held, left = 0, [value]
     while left:
         each = left.pop()
         if isinstance(each, str | bytes):
             held += sys.getsizeof(each)
-            continue
-        held += _VALUE_BYTES
-        if isinstance(each, Mapping):
+        elif isinstance(each, Mapping):
             left += each.keys()
             left += each.values()
         elif isinstance(each, list | tuple):
@@ -228,6 +224,8 @@ def _image_bytes(image: Any) -> int:
         return sum(_image_bytes(frame) for frame in image)
     if isinstance(image, Visual):
         return _image_bytes(image.frames)
+    if isinstance(image, str):  # a path, or a whole picture as a data URL
+        return sys.getsizeof(image)
     if isinstance(image, _ENCODED):
         return len(image)
     return int(getattr(image, "nbytes", 0))
