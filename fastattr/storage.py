@@ -212,13 +212,14 @@ def whole_file(path: str | Path, *, private: bool = False) -> Iterator[BinaryIO]
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        temporary = ""
     except SaveError:  # raised by whoever writes
         raise
     except OSError as error:
         raise SaveError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
     finally:
         if temporary:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # what went wrong first is what is told
                 os.unlink(temporary)
 
 

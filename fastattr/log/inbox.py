@@ -137,7 +137,14 @@ def put(config: LogConfig, request: Request) -> Path:
     path = inbox_of(config.spool_path) / f"{request.record_id}.0{SUFFIX}"
     with whole_file(path, private=True) as file:
         file.write(data)
-    sync_folder(path.parent)
+    try:
+        sync_folder(path.parent)
+    except OSError as error:
+        try:
+            path.unlink()  # what is reported as failed must not be found later
+        except OSError:  # a worker has it already, or it cannot be taken back
+            return path
+        raise SaveError(f"{str(path)!r} cannot be made durable: {error.strerror or error}; check the disk") from error
     return path
 
 
@@ -231,7 +238,7 @@ def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], m
         error=manifest["error"],
         share=manifest["share"],
         rate=manifest["rate"],
-        n_bytes=bytes_of(job, images),
+        n_bytes=bytes_of(job, submission),
         image_sha256=tuple(manifest["image_sha256"]),
         keep_images=keep_images,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import operator
 import os
 import queue
@@ -12,16 +13,17 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastattr.chat import Chat, Messages
-from fastattr.errors import FastattrError, InputError
+from fastattr.errors import FastattrError, InputError, SaveError
 from fastattr.log import inbox
 from fastattr.log.config import LogConfig, make_config
-from fastattr.log.counting import Complaints, Counts, LogStats
+from fastattr.log.counting import Change, Complaints, Counts, LogStats
 from fastattr.log.processing import Processor
 from fastattr.log.record import Content, check_metadata, check_request_id
 from fastattr.log.recorder import Recorder, new_writer
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from fastattr.adapters import CapturedStates, Model, StateBuffer
 
 logger = logging.getLogger("fastattr")
+
+BACK_OFF_S = (0.05, 5.0)  # first and longest pause after unexpected exceptions on the thread
 
 _GIVEN_WHOLE = (Captured, Made)  # written once: a union takes longer to make than to ask
 
@@ -102,10 +106,12 @@ class AttributionLogger:
         self._closed = threading.Event()
         if closed:
             self._closed.set()
+        self._last = _Mark(threading.Event(), last=True, until_s=-math.inf)
         self._counts = Counts()
-        self._queue: queue.SimpleQueue[Request | _Mark] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[str | _Mark] = queue.SimpleQueue()
+        self._queued: dict[str, Request] = {}  # by record id; whoever takes one out settles it
         self._numbers = itertools.count()
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()  # a signal handler may shut down in the middle of the start
         self._thread: threading.Thread | None = None
         self._processor: Processor | None = None
         self._telemetry: Telemetry | None = None
@@ -198,6 +204,7 @@ class AttributionLogger:
         self, job: Any, request_id: Any, images: Any, prompt: Any, metadata: Any, error: Any, prompt_ids: Any = None
     ) -> bool:
         counts = self._counts
+        change, record_id = None, ""
         try:
             if self._closed.is_set():
                 counts.refuse("shutdown")
@@ -227,36 +234,55 @@ class AttributionLogger:
                         self._complaints.say("redact", "a response was dropped: redact failed: %r", redacted)
                     return False
                 submission = redacted
-            n_bytes = bytes_of(job, submission.images)
+            n_bytes = bytes_of(job, submission)
             if self._thread is None and not self._start():
                 counts.refuse("shutdown")
                 return False
-            if not counts.accept(n_bytes, self.config.queue_bytes):
-                return False
-            self._queue.put(
-                Request(  # by place: half the time
-                    f"{self._writer}-{next(self._numbers):010d}",
-                    submission,
-                    job,
-                    time.time_ns(),
-                    time.monotonic(),
-                    caller() if self.config.telemetry else None,
-                    bool(error),
-                    share,
-                    rate,
-                    n_bytes,
-                )
+            record_id = f"{self._writer}-{next(self._numbers):010d}"
+            request = Request(  # by place: half the time
+                record_id,
+                submission,
+                job,
+                time.time_ns(),
+                time.monotonic(),
+                caller() if self.config.telemetry else None,
+                bool(error),
+                share,
+                rate,
+                n_bytes,
             )
+            change = Change(submitted=1, in_flight=1, queue_bytes=n_bytes)
+            self._queued[record_id] = request
+            if not counts.accept(change, self.config.queue_bytes):
+                self._queued.pop(record_id, None)
+                return False
+            self._queue.put(record_id)
             if self._closed.is_set() and not self._is_working():  # shut down while this was on its way
                 self._drain()
                 return False
             return True
-        except Exception as problem:  # a request must not fail because its log did
+        except BaseException as problem:  # a request must not fail because its log did
             reason = "invalid" if isinstance(problem, FastattrError) else type(problem).__name__
-            counts.refuse(reason)
-            named = request_id[:80] if isinstance(request_id, str) else type(request_id).__name__
-            self._complaints.say(reason, "response %r was not logged: %s", named, problem)
-            return False
+            accepted = False
+            with suppress(Exception):  # a stack without room for one more call, for example
+                accepted = self._take_back(record_id, change, reason)
+                if not accepted:
+                    named = request_id[:80] if isinstance(request_id, str) else type(request_id).__name__
+                    self._complaints.say(reason, "response %r was not logged: %s", named, problem)
+            if isinstance(problem, Exception):
+                return accepted
+            raise  # Ctrl-C and the end of the process, which are not ours to keep
+
+    def _take_back(self, record_id: str, change: Change | None, reason: str) -> bool:
+        """Settle a submission that was interrupted, perhaps by a signal handler. Returns whether it is queued anyway."""
+        mine = self._queued.pop(record_id, None)
+        if change is None or not self._counts.has(change):
+            self._counts.refuse(reason)
+        elif mine is not None:
+            self._counts.drop(reason, mine.n_bytes)
+        else:
+            return True
+        return False
 
     def _is_working(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -264,7 +290,11 @@ class AttributionLogger:
     # --- the worker thread ------------------------------------------------------------------------------
 
     def _start(self) -> bool:
-        """Begin to work, unless it has begun. Returns False after shutdown."""
+        """Begin to work, unless it has begun. Returns False after shutdown.
+
+        Raises:
+            SaveError, RuntimeError: the room or the thread cannot be made now; the next submission tries again.
+        """
         with self._starting:
             if self._thread is not None:
                 return True
@@ -272,57 +302,91 @@ class AttributionLogger:
                 return False
             if self.config.telemetry:
                 self._telemetry = Telemetry(self.stats, self.config.destination)
-            recorder = Recorder(self.config, self._destination, self._writer, self._counts.stats)
-            self._processor = Processor(self.config, recorder, self._counts, self._telemetry, self._model)
-            thread = threading.Thread(target=self._work, args=(self._processor,), name="fastattr-log", daemon=True)
-            thread.start()
-            self._thread = thread
+            recorder = Recorder(self.config, self._destination, self._writer, self._counts)
+            try:
+                processor = Processor(self.config, recorder, self._counts, self._telemetry, self._model)
+                thread = threading.Thread(target=self._work, args=(processor,), name="fastattr-log", daemon=True)
+                thread.start()
+            except BaseException:
+                recorder.close(0.0, publish=False)
+                raise
+            self._processor, self._thread = processor, thread
+            if self._closed.is_set():  # by a signal handler meanwhile, which found no thread to wait for
+                self._finish(self._last, time.monotonic() + self.config.exit_timeout_s, publish=True)
+                return False
             return True
 
     def _work(self, processor: Processor) -> None:
+        """Work until shutdown, whatever is raised meanwhile."""
         waiting: list[_Mark] = []
+        pause_s = BACK_OFF_S[0]
         while True:
-            due_s = processor.due_s
-            item: Request | _Mark | None
             try:
-                item = self._queue.get(timeout=min(due_s, 1.0)) if due_s > 0 else self._queue.get_nowait()
-            except queue.Empty:
-                item = None
-            if isinstance(item, Request):
-                self._take(processor, item)
-            elif item is not None:
-                waiting.append(item)
-            elif (
-                self._closed.is_set() and self._queue.empty() and not waiting
-            ):  # shutdown gave up waiting for this thread
-                processor.commit()
-                processor.abandon("shutdown")
-                processor.recorder.close(0.0, publish=False)
-                return
-            if waiting or item is None or processor.due_s <= 0:
-                done = processor.commit()
-                if done:
-                    for mark in waiting:
-                        mark.done.set()
-                    if any(mark.last for mark in waiting):
-                        return
-                    waiting = []
-                elif waiting:  # the disk refuses; try again while there is time
-                    waiting = [mark for mark in waiting if not mark.expired]
-                    time.sleep(0.05)
+                if self._step(processor, waiting):
+                    return
+                pause_s = BACK_OFF_S[0]
+            except BaseException as error:
+                with suppress(BaseException):  # memory may be short
+                    self._counts.thread_failed()
+                    self._complaints.say("thread", "the logger goes on after an unexpected %r", error)
+                    time.sleep(pause_s)
+                pause_s = min(2 * pause_s, BACK_OFF_S[1])
+
+    def _step(self, processor: Processor, waiting: list[_Mark]) -> bool:
+        """Take what is queued next, and make durable what is due. Returns whether this was the last step."""
+        due_s = processor.due_s
+        item: str | _Mark | None
+        try:
+            item = self._queue.get(timeout=min(due_s, 1.0)) if due_s > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            item = None
+        if isinstance(item, str):
+            request = self._queued.pop(item, None)
+            if request is not None:  # else the submitter was interrupted and took it back
+                self._take(processor, request)
+        elif item is not None:
+            waiting.append(item)
+        elif self._closed.is_set() and self._queue.empty() and not waiting:  # shutdown gave up waiting for this thread
+            processor.commit()
+            processor.abandon("shutdown")
+            processor.recorder.close(0.0, publish=False)
+            return True
+        if waiting or item is None or processor.due_s <= 0:
+            done = processor.commit()
+            if done:
+                for mark in waiting:
+                    mark.done.set()
+                if any(mark.last for mark in waiting):
+                    return True
+                waiting.clear()
+            elif waiting:  # the disk refuses; try again while there is time
+                waiting[:] = [mark for mark in waiting if not mark.expired]
+                time.sleep(0.05)
+        return False
 
     def _take(self, processor: Processor, request: Request) -> None:
         if self._for_worker(request):
+            self._hand_over(request)
+            release(request.job)
+        else:
+            processor.process(request)
+
+    def _hand_over(self, request: Request) -> None:
+        """Write a request for the worker; where the disk refuses, again and again until shutdown."""
+        pause_s = BACK_OFF_S[0]
+        while True:
+            last_try = self._closed.is_set()
             try:
                 inbox.put(self.config, request)
+                break
             except BaseException as error:
-                self._counts.fail(type(error).__name__, request.n_bytes)
                 self._complaints.say("inbox", "a request for the worker could not be written: %s", error)
-            else:
-                self._counts.wrote(1, request.n_bytes, handed_over=True)
-            release(request.job)
-            return
-        processor.process(request)
+                if last_try or not isinstance(error, OSError | SaveError | MemoryError):
+                    self._counts.fail(type(error).__name__, request.n_bytes)
+                    return
+            self._closed.wait(pause_s)
+            pause_s = min(2 * pause_s, BACK_OFF_S[1])
+        self._counts.wrote(1, request.n_bytes, handed_over=True)
 
     def _for_worker(self, request: Request) -> bool:
         if isinstance(request.job, Made):
@@ -350,16 +414,20 @@ class AttributionLogger:
 
     def _shut(self, timeout_s: float, *, publish: bool) -> bool:
         until_s = time.monotonic() + timeout_s
-        mark = _Mark(threading.Event(), last=True, until_s=until_s)
         with self._starting:
             if self._closed.is_set():
                 return True
-            self._queue.put(mark)  # before: a thread that finds the queue empty after shutdown ends by itself
+            self._last = _Mark(threading.Event(), last=True, until_s=until_s)
+            self._queue.put(self._last)  # before: a thread that finds the queue empty after shutdown ends by itself
             self._closed.set()
-            thread, processor = self._thread, self._processor
+        return self._finish(self._last, until_s, publish=publish)
+
+    def _finish(self, mark: _Mark, until_s: float, *, publish: bool) -> bool:
+        """Wait for the thread's end, if it runs. Returns whether everything is published."""
         done = True
+        thread, processor = self._thread, self._processor
         if thread is not None and processor is not None:
-            done = mark.done.wait(timeout_s)
+            done = mark.done.wait(max(0.0, until_s - time.monotonic()))
             if not done:
                 self._drain()
             thread.join(max(0.1, until_s - time.monotonic()))
@@ -378,9 +446,10 @@ class AttributionLogger:
                 item = self._queue.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(item, Request):
-                self._counts.drop("shutdown", item.n_bytes)
-                release(item.job)
+            request = self._queued.pop(item, None) if isinstance(item, str) else None
+            if request is not None:
+                self._counts.drop("shutdown", request.n_bytes)
+                release(request.job)
 
     def stats(self) -> LogStats:
         """What became of all submissions of this process, at one moment."""

@@ -100,6 +100,12 @@ class Processor:
         try:
             explained = explain(request, self._config, self._model)
             row = self._row(request, explained, began_s)
+            if self._telemetry is not None:
+                self._telemetry.explained(request.caller, time.monotonic() - began_s)
+            if self._monitor is not None and request.share < max(self._config.sample_rate, self._config.screen_rate):
+                # what error, length or low evidence let in would not be like the rest
+                self._watch(self._monitor, row)
+            kept = self._kept(request, row.logged)
         except BaseException as error:  # a callback of the user's or torch may raise anything; the thread must live
             self._counts.fail(type(error).__name__, request.n_bytes)
             self._complaints.say(
@@ -112,18 +118,13 @@ class Processor:
             return
         finally:
             release(request.job)
-        if self._telemetry is not None:
-            self._telemetry.explained(request.caller, time.monotonic() - began_s)
-        if self._monitor is not None and request.share < max(self._config.sample_rate, self._config.screen_rate):
-            # what error, length or low evidence let in would not be like the rest
-            self._watch(self._monitor, row)
-        if not self._kept(request, row.logged):
+        if not kept:
             self._counts.drop("not_low_evidence", request.n_bytes)
             return
-        self._sequence += 1
-        self._counts.explained(request.n_bytes, row.n_bytes, mismatch=explained.mismatch)
-        self._oldest_s = min(self._oldest_s, time.monotonic())
         self._pending.append(row)
+        self._sequence += 1
+        self._oldest_s = min(self._oldest_s, time.monotonic())
+        self._counts.explained(request.n_bytes, row.n_bytes, mismatch=explained.mismatch)
 
     @property
     def due_s(self) -> float:
@@ -138,8 +139,10 @@ class Processor:
         if rows:
             try:
                 self.recorder.write([row.batch for row in rows])
-            except SaveError as error:
-                self._complaints.say("write", "%d records wait in memory: %s", len(rows), error)
+            except BaseException as error:  # nothing is written; also memory may be short for a while
+                if not isinstance(error, SaveError):
+                    self._counts.thread_failed()
+                self._complaints.say("write", "%d records wait in memory: %s", len(rows), error or repr(error))
                 self._retry_s = time.monotonic() + RETRY_S
                 return False
             self._pending, self._oldest_s = [], math.inf

@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from fastattr.log.config import LogConfig
-from fastattr.log.counting import Complaints, LogStats
+from fastattr.log.counting import Complaints, Counts, LogStats
 from fastattr.log.rooms import open_room
 from fastattr.log.segments import Destination, recover
 from fastattr.log.spool import SpoolWriter, spool_name
@@ -36,13 +37,13 @@ class Recorder:
 
     Args:
         writer: from `new_writer`; its room and its segments carry this name.
-        stats: what the writer's tally says.
+        counts: what the writer's tally says.
 
     Raises:
         SaveError: the room cannot be made.
     """
 
-    def __init__(self, config: LogConfig, destination: Destination, writer: str, stats: Callable[[], LogStats]) -> None:
+    def __init__(self, config: LogConfig, destination: Destination, writer: str, counts: Counts) -> None:
         self.writer = writer
         self.full = False  # more than `spool_bytes` wait; read by other threads
         self._config = config
@@ -51,7 +52,12 @@ class Recorder:
         self._spool_number = 0
         self._spool_began_s = 0.0
         self._closed = False
-        self._publisher = Publisher(config, destination, writer, stats)
+        self._complaints = Complaints()
+        try:
+            self._publisher = Publisher(config, destination, writer, counts)
+        except BaseException:  # there can be no more threads
+            self._room.close()
+            raise
 
     @property
     def waiting_bytes(self) -> int:
@@ -62,10 +68,11 @@ class Recorder:
         """Make rows durable: when this returns they are found again, whatever happens.
 
         Raises:
-            SaveError: the disk refuses; nothing was written, and the same rows may be given again.
+            SaveError: the disk refuses; nothing was written, and the same rows may be given again. So with any other
+                exception.
         """
         if self._spool is None:
-            if not self._room.path.is_dir():  # someone cleaned up
+            if is_gone(self._room.path):  # someone cleaned up
                 self._room.forget()
                 self._room = open_room(self._config.spool_path, self.writer)
             today = datetime.now(timezone.utc).date()
@@ -74,14 +81,14 @@ class Recorder:
             self._spool_began_s = time.monotonic()
         self._spool.append(rows)
         self._spool.sync()
-        if self._spool.n_bytes >= self._config.segment_bytes:
-            self.rotate()
-        self.tick()
 
     def tick(self) -> None:
-        """Hand over a spool file that is old enough, and see how full the spool is."""
+        """Hand over a spool file that is large or old enough, and see how full the spool is."""
         self.full = self.waiting_bytes > self._config.spool_bytes
-        if self._spool is not None and time.monotonic() - self._spool_began_s >= self._config.segment_age_s:
+        if self._spool is not None and (
+            self._spool.n_bytes >= self._config.segment_bytes
+            or time.monotonic() - self._spool_began_s >= self._config.segment_age_s
+        ):
             self.rotate()
 
     def rotate(self) -> None:
@@ -89,8 +96,14 @@ class Recorder:
         if self._spool is None:
             return
         spool, self._spool = self._spool, None
-        spool.close()
-        self._publisher.publish(spool.path, spool.n_bytes)
+        self._publisher.publish(spool.path, spool.n_bytes)  # first: nothing that goes wrong now forgets it
+        self._close(spool)
+
+    def _close(self, spool: SpoolWriter) -> None:
+        try:
+            spool.close()
+        except OSError as error:  # its records were made durable before
+            self._complaints.say("close", "%r was closed with an error: %s", str(spool.path), error)
 
     def close(self, timeout_s: float, *, publish: bool) -> bool:
         """Close the room, after publishing what is there. Returns whether all of it is published.
@@ -104,7 +117,7 @@ class Recorder:
         if publish:
             self.rotate()
         elif self._spool is not None:
-            self._spool.close()
+            self._close(self._spool)
             self._spool = None
         done = self._publisher.stop(timeout_s if publish else 0.0)
         self._room.close()
@@ -118,8 +131,8 @@ class Recorder:
 class Publisher:
     """Publishes closed spool files in order, on a thread of its own: a store that hangs holds up nobody else."""
 
-    def __init__(self, config: LogConfig, destination: Destination, writer: str, stats: Callable[[], LogStats]) -> None:
-        self._config, self._destination, self._writer, self._stats = config, destination, writer, stats
+    def __init__(self, config: LogConfig, destination: Destination, writer: str, counts: Counts) -> None:
+        self._config, self._destination, self._writer, self._counts = config, destination, writer, counts
         self._paths: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._waiting: list[Path] = []
         self._sizes: dict[Path, int] = {}
@@ -127,6 +140,10 @@ class Publisher:
         self._damaged_frames = 0
         self._stopping, self._abandoned = threading.Event(), threading.Event()
         self._complaints = Complaints()
+        self._recovered = False
+        self._told: LogStats | None = None
+        self._tally_s = self._expire_s = -math.inf
+        self._wait_s = RETRY_S[0]
         self._thread = threading.Thread(target=self._run, name="fastattr-publisher", daemon=True)
         self._thread.start()
 
@@ -147,31 +164,41 @@ class Publisher:
         return not self._thread.is_alive() and not self._sizes
 
     def _run(self) -> None:
-        recovered = False
-        told: LogStats | None = None
-        tally_s = expire_s = -math.inf
-        wait_s = RETRY_S[0]
+        """Publish until all is done after `stop`, whatever is raised meanwhile."""
         while not self._abandoned.is_set():
-            recovered = recovered or self._recover()
-            self._collect(TALLY_EVERY_S if recovered and not self._waiting else wait_s)
-            n_before = len(self._waiting)
-            # one that cannot be published now does not hold up the others
-            self._waiting = [path for path in self._waiting if not self._publish(path)]
-            stopping = self._stopping.is_set()
-            if recovered and len(self._waiting) < n_before:
-                wait_s = RETRY_S[0]
-            elif self._waiting or not recovered:
-                wait_s = RETRY_S[0] if stopping else min(2 * wait_s, RETRY_S[1])
-            if stopping and not self._waiting and self._paths.empty():
-                self._tell(closed=True)
-                return
-            now_s = time.monotonic()
-            if now_s - tally_s >= TALLY_EVERY_S and (stats := self._stats()) != told:
-                self._tell(closed=False)
-                tally_s, told = now_s, stats
-            if self._config.retention_days is not None and now_s - expire_s >= EXPIRE_EVERY_S:
-                self._expire(self._config.retention_days)
-                expire_s = now_s
+            try:
+                if self._step():
+                    return
+            except BaseException as error:
+                with suppress(BaseException):  # memory may be short
+                    self._complaints.say("thread", "publishing goes on after an unexpected %r", error)
+                    self._counts.thread_failed()
+                self._abandoned.wait(RETRY_S[0])
+
+    def _step(self) -> bool:
+        """Publish what there is, and wait for more. Returns whether everything is done."""
+        self._recovered = self._recovered or self._recover()
+        self._collect(TALLY_EVERY_S if self._recovered and not self._waiting else self._wait_s)
+        n_before = len(self._waiting)
+        for path in list(self._waiting):  # one that cannot be published now does not hold up the others
+            if self._publish(path):
+                self._waiting.remove(path)
+        stopping = self._stopping.is_set()
+        if self._recovered and len(self._waiting) < n_before:
+            self._wait_s = RETRY_S[0]
+        elif self._waiting or not self._recovered:
+            self._wait_s = RETRY_S[0] if stopping else min(2 * self._wait_s, RETRY_S[1])
+        if stopping and not self._waiting and self._paths.empty():
+            self._tell(closed=True)
+            return True
+        now_s = time.monotonic()
+        if now_s - self._tally_s >= TALLY_EVERY_S and (stats := self._counts.stats()) != self._told:
+            self._tell(closed=False)
+            self._tally_s, self._told = now_s, stats
+        if self._config.retention_days is not None and now_s - self._expire_s >= EXPIRE_EVERY_S:
+            self._expire_s = now_s
+            self._expire(self._config.retention_days)
+        return False
 
     def _collect(self, timeout_s: float) -> None:
         """Wait for paths, and take all that are there."""
@@ -199,7 +226,7 @@ class Publisher:
         try:
             self._damaged_frames += self._destination.publish(path, self._writer).damaged_frames
         except Exception as error:
-            if path.exists():
+            if not is_gone(path):
                 self._complaints.say("publish", "a segment stays in the spool and is tried again: %s", error)
                 return False
             self._damaged_frames += 1
@@ -215,7 +242,7 @@ class Publisher:
 
     def _tell(self, *, closed: bool) -> None:
         tally = as_tally(
-            self._stats(),
+            self._counts.stats(),
             writer=self._writer,
             started=self._started,
             closed=closed,
@@ -225,6 +252,17 @@ class Publisher:
             self._destination.write_tally(self._writer, tally)
         except Exception as error:
             self._complaints.say("tally", "the counts of this process could not be written: %s", error)
+
+
+def is_gone(path: Path) -> bool:
+    """Whether there is no such path. False where that cannot be told now."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def as_tally(

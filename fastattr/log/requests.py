@@ -53,6 +53,9 @@ class Submission:
 _SEQUENCES = (list, tuple)
 _ENCODED = (bytes, bytearray, memoryview)
 
+_SHORT_TEXTS_BYTES = 1024  # of a request, too little to count, as its own objects are
+_ID_BYTES = 36  # of an int and its place in a tuple
+
 
 class Captured(NamedTuple):
     """States of a `generate` call, and what it returned."""
@@ -182,16 +185,36 @@ def as_images(images: Any) -> tuple[Any, ...]:
     return tuple(images) if isinstance(images, _SEQUENCES) else (images,)
 
 
-def bytes_of(job: Captured | Replay | Made, images: Sequence[Any]) -> int:
-    """What a job and its images hold in memory, nearly."""
-    held = sum(_image_bytes(image) for image in images)
+def bytes_of(job: Captured | Replay | Made, submission: Submission) -> int:
+    """What a job and its submission hold in memory, nearly: tensors, pictures, ids and texts."""
+    response = job.why.response if isinstance(job, Made) else None
+    texts = _text_bytes((submission.prompt, submission.metadata, response))
+    held = max(0, texts - _SHORT_TEXTS_BYTES) + sum(map(_image_bytes, submission.images))
     if isinstance(job, Captured):
         return held + job.states.n_bytes
     if isinstance(job, Replay):
-        return held + sys.getsizeof(job.response_ids) + sys.getsizeof(job.prompt_ids)
+        n_ids = len(job.response_ids) + len(job.prompt_ids or ())
+        return held + n_ids * _ID_BYTES
     why = job.why
     tensors = [*why.image, why.context, why.relevance, why.log_prob]
-    return held + sum(each.nbytes for each in tensors if each is not None) + sum(each.nbytes for each in why.pictures)
+    return held + sum([each.nbytes for each in (*tensors, *why.pictures) if each is not None])
+
+
+def _text_bytes(value: Any) -> int:
+    """What strings hold, wherever they stand in messages or metadata."""
+    held, left = 0, [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, str | bytes):
+            held += sys.getsizeof(each)
+        elif isinstance(each, Mapping):
+            left += each.keys()
+            left += each.values()
+        elif isinstance(each, list | tuple):
+            left += each
+        elif isinstance(each, Chat):
+            left += (each.messages, each.tools, each.template_options)
+    return held
 
 
 def _image_bytes(image: Any) -> int:
@@ -201,6 +224,8 @@ def _image_bytes(image: Any) -> int:
         return sum(_image_bytes(frame) for frame in image)
     if isinstance(image, Visual):
         return _image_bytes(image.frames)
+    if isinstance(image, str):  # a path, or a whole picture as a data URL
+        return sys.getsizeof(image)
     if isinstance(image, _ENCODED):
         return len(image)
     return int(getattr(image, "nbytes", 0))

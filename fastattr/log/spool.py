@@ -105,19 +105,21 @@ class SpoolWriter:
             os.fsync(self._file)
             if self._durable == (0, 0):
                 sync_folder(self.path.parent)
-        except OSError as error:
+        except BaseException as error:
             self.n_bytes, self.n_rows = self._durable
             self._torn = True
             with suppress(OSError):
                 self._cut()
-            raise _cannot_write(self.path, error) from error
+            if isinstance(error, OSError):
+                raise _cannot_write(self.path, error) from error
+            raise
         self._durable = (self.n_bytes, self.n_rows)
 
     def close(self) -> None:
         """Close the file; without `sync`."""
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            file, self._file = self._file, -1
+            os.close(file)  # which lets go of the file whatever it reports
 
     def __enter__(self) -> SpoolWriter:
         return self

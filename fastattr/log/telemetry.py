@@ -222,7 +222,7 @@ def _context(at: Caller | None) -> Context:
 
 # --- metrics, one set a process --------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler may shut down a logger in the middle of starting one
 _sources: list[weakref.WeakMethod[Callable[[], LogStats]]] = []
 _closed: list[LogStats] = []
 
@@ -230,7 +230,7 @@ _closed: list[LogStats] = []
 def _after_fork() -> None:
     """The lock may have been held in the parent, and what was counted there is not the child's."""
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _closed.clear()
 
 
@@ -283,6 +283,7 @@ def _instruments() -> Histogram | None:
     counter("handed_over", lambda stats: stats.handed_over, "Of those, requests that wait for a worker process")
     counter("capture_mismatches", lambda stats: stats.capture_mismatches, "Captures that had to be replayed")
     counter("callback_errors", lambda stats: stats.callback_errors, "Exceptions of on_record and on_alert")
+    counter("thread_errors", lambda stats: stats.thread_errors, "Unexpected exceptions on the logger's own threads")
     level("queue_size", lambda stats: stats.queue_bytes, "By", "Memory held by waiting responses")
     level("in_flight", lambda stats: stats.in_flight, "{response}", "Responses submitted and not yet settled")
     return meter.create_histogram(

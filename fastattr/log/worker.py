@@ -13,7 +13,7 @@ from fastattr.adapters import check_model
 from fastattr.errors import FastattrError
 from fastattr.log import inbox
 from fastattr.log.config import LogConfig
-from fastattr.log.counting import Complaints, Counts, LogStats
+from fastattr.log.counting import Change, Complaints, Counts, LogStats
 from fastattr.log.processing import Processor
 from fastattr.log.recorder import Recorder, new_writer
 from fastattr.log.rooms import is_live
@@ -61,7 +61,7 @@ def work(
         said(f"{taken_over} requests of a worker that died")
     writer = new_writer()
     telemetry = Telemetry(counts.stats, config.destination) if config.telemetry else None
-    recorder = Recorder(config, destination, writer, counts.stats)
+    recorder = Recorder(config, destination, writer, counts)
     processor = Processor(config, recorder, counts, telemetry, model)
     claimed: list[Path] = []
     taken_over_s = time.monotonic()
@@ -102,11 +102,11 @@ def _explain(path: Path, model: Model, processor: Processor, counts: Counts, com
     try:
         request = inbox.read_request(path, model)
     except FastattrError as error:
-        counts.accept(0, sys.maxsize)
+        counts.accept(Change(submitted=1, in_flight=1), sys.maxsize)
         counts.fail(type(error).__name__, 0)
         complaints.say("read", "%s", error)
         return
-    counts.accept(request.n_bytes, sys.maxsize)
+    counts.accept(Change(submitted=1, in_flight=1, queue_bytes=request.n_bytes), sys.maxsize)
     processor.process(request)
 
 
