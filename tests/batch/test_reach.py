@@ -16,7 +16,7 @@ from fastattr.batch import RayExplainer, reach
 from fastattr.batch.reach import Reach, locate, reach_of, read
 from fastattr.batch.running import Engine, run
 from fastattr.errors import ImageError, InputError
-from tests.batch.scenes import ANSWER, PROMPT, failures, png, records, write_jsonl
+from tests.batch.scenes import ANSWER, PROMPT, failures, png, records, write_jsonl, write_tar
 
 PICTURE = png()
 
@@ -259,3 +259,17 @@ def test_a_step_of_ray_data_reads_no_path_unless_it_is_told_the_folder(folder: P
     row = {"id": ["a"], "image": ["sub/a b.png"], "prompt": [PROMPT], "response": [ANSWER]}
     assert RayExplainer(attribution="lens@1")(row)["error_message"][0].as_py().startswith("a row names 'sub/a b.png'")
     assert RayExplainer(attribution="lens@1", folder=str(folder))(row)["status"].to_pylist() == ["ok"]
+
+
+def test_pictures_that_lie_in_an_archive_are_bounded_too(
+    tmp_path: Path, inline: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [(f"{key}.{part}", data) for key in ("a", "b") for part, data in (("png", PICTURE), ("prompt", b"What?"))]
+    files += [("b.1.png", b"x" * 3 * len(PICTURE)), ("c.png", PICTURE), ("c.prompt", b"What?")]
+    files = sorted(files)
+    monkeypatch.setattr("fastattr.batch.sources.MAX_ROW_BYTES", 2 * len(PICTURE))
+    monkeypatch.setattr("fastattr.batch.explaining.MAX_ROW_BYTES", 2 * len(PICTURE))
+    out = tmp_path / "out"
+    run(write_tar(tmp_path / "in.tar", files), out, attribution="lens@1", engine=inline, max_error_rate=1.0)
+    assert records(out)["request_id"].to_pylist() == ["a", "c"]
+    assert "more than" in failures(out)["b"]["error"]

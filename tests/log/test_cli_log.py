@@ -241,10 +241,17 @@ def test_serve(dest: Path, host: str, warned: bool) -> None:
             assert process.stdout is not None and process.stderr is not None
             address = re.match(rf"http://{re.escape(host)}:(\d+) ", process.stdout.readline())
             assert address, process.stderr.read()
-            with urllib.request.urlopen(f"http://127.0.0.1:{address[1]}/", timeout=30) as answer:
+            url, headers = f"http://127.0.0.1:{address[1]}/", {}
+            if warned:
+                with urllib.request.urlopen(url, timeout=30) as answer:
+                    assert "first" not in answer.read().decode()
+                login = re.search(r"/\?token=(\S+)$", process.stdout.readline().strip())
+                assert login, process.stderr.read()
+                headers = {"Cookie": f"fastattr_token={login[1]}"}
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
                 assert "first" in answer.read().decode()
         finally:
             process.send_signal(signal.SIGINT)
             _, said = process.communicate(timeout=30)
-    assert ("there is no login" in said) is warned
+    assert ("nothing is encrypted" in said) is warned
     assert "Traceback" not in said and process.returncode in (0, 130, -signal.SIGINT)
