@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,6 +87,18 @@ class Model:
     def placeholder_ids(self) -> list[int]:
         """Ids that stand for pictures and are never said: of images, then of videos."""
         return [self.image_token_id] + ([] if self.video_token_id is None else [self.video_token_id])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the sizes in its configuration and of its vocabulary.
+
+        The same wherever, in whatever dtype and by whatever version of transformers it is loaded. Fine-tuned models share
+        it with their base.
+        """
+        text = self.config.get_text_config()
+        sizes = [getattr(text, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")]
+        held = [str(self.config.model_type), sizes, sorted(self.processor.tokenizer.get_vocab().items())]
+        return hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
 
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:

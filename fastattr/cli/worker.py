@@ -18,7 +18,9 @@ from fastattr.errors import InputError
 
 def worker(
     spool: Annotated[Path, typer.Argument(help="The spool of the loggers, by default DIR/spool.", metavar="SPOOL")],
-    model: Annotated[str, typer.Option(help="'shapes', a local directory, or a hub id.")] = "shapes",
+    model: Annotated[
+        str, typer.Option(help="The model the responses are of: a local directory, a hub id, or 'shapes'.")
+    ],
     device: Device = None,
     dtype: Dtype = DtypeName.auto,
     trust_remote_code: Trust = False,

@@ -13,6 +13,8 @@ from typing import Any
 logger = logging.getLogger("fastattr")
 
 REPEAT_S = 60.0
+REQUEST_BYTES = 2048  # of a request's own objects and short texts
+FEW = 64  # requests, whose own objects are too little to count
 FOLD_AT = 32  # changes; their sum is taken whenever a submission is accepted
 
 
@@ -86,7 +88,9 @@ class Counts:
     def accept(self, change: Change, limit_bytes: int) -> bool:
         """A submission goes in flight with `change`, unless memory is full."""
         total, waiting = self._read()
-        if total.queue_bytes + sum([each.queue_bytes for each in waiting]) + change.queue_bytes > limit_bytes:
+        held = total.queue_bytes + sum([each.queue_bytes for each in waiting])
+        n = total.in_flight + sum([each.in_flight for each in waiting])
+        if held + change.queue_bytes + REQUEST_BYTES * max(0, n - FEW) > limit_bytes:
             self.refuse("queue_full")
             return False
         self._add(change)

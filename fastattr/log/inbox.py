@@ -3,7 +3,7 @@
 SPOOL/logger.json                    the configuration of whoever logs here, without secrets
 SPOOL/inbox/<record>.<attempt>.request     waiting
 SPOOL/inbox/claimed/<writer>/...     taken by the worker with that room; if it dies, another takes them over
-SPOOL/inbox/given_up/...             crashed a worker MAX_ATTEMPTS times
+SPOOL/inbox/given_up/...             crashed a worker MAX_ATTEMPTS times, or cannot be read or explained
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastattr.chat import read_prompt
 from fastattr.config import from_saved
-from fastattr.errors import InputError, SaveError
+from fastattr.errors import FastattrError, InputError, SaveError
 from fastattr.images import Visual
 from fastattr.log.config import Images, LogConfig
 from fastattr.log.requests import Captured, Made, Replay, Request, Submission, bytes_of, digest, from_json, to_json
@@ -47,9 +48,11 @@ def prepare(config: LogConfig) -> None:
     """Make the spool directory and leave the configuration there for a worker.
 
     Raises:
+        InputError: the spool is in use for another destination.
         SaveError: the directory cannot be written to.
     """
     spool = config.spool_path
+    check_destination(config)
     values = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in _UNWRITTEN}
     values["attribution"] = asdict(config.explained_by)
     values["destination"] = _without_password(config.destination)
@@ -84,6 +87,31 @@ def read_config(spool: Path) -> LogConfig:
         ) from error
 
 
+def check_destination(config: LogConfig) -> None:
+    """A spool belongs to one destination: what lies in it is published there, whoever recovers it.
+
+    Raises:
+        InputError: the spool was made for another destination.
+    """
+    path = config.spool_path / CONFIG_FILE
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        other, spool = str(held["destination"]), held.get("spool")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # new, or not to be read: then nobody can say
+    moved = spool is None and config.spool_path == Path(config.destination) / "spool"  # together with its destination
+    if not moved and _place(other) != _place(config.destination):
+        raise InputError(
+            f"the spool {str(config.spool_path)!r} belongs to the destination {other!r}, expected one for "
+            f"{_without_password(config.destination)!r}; give each destination a spool= of its own"
+        )
+
+
+def _place(destination: str) -> str:
+    place = _without_password(destination).rstrip("/")
+    return place if "://" in place else os.path.realpath(place)
+
+
 def _without_password(url: str) -> str:
     """A worker of such a destination needs `--config`."""
     scheme, mark, rest = url.partition("://")
@@ -98,8 +126,11 @@ def inbox_of(spool: Path) -> Path:
 # --- handing over ---------------------------------------------------------------------------------------
 
 
-def put(config: LogConfig, request: Request) -> Path:
+def put(config: LogConfig, request: Request, model: Model | None) -> Path:
     """Write a request, whole and durable.
+
+    Args:
+        model: the logger's, which replays are of; None where it has none. Captured states know theirs.
 
     Raises:
         InputError, ImageError: it cannot be written down.
@@ -112,8 +143,11 @@ def put(config: LogConfig, request: Request) -> Path:
         for t, frame in enumerate(visual.frames):
             tensors[f"image.{i}.{t}"] = torch.from_numpy(np.array(frame))
     caller = request.caller
+    if isinstance(request.job, Captured):
+        model = request.job.states.model
     manifest = {
         "job": job,
+        "model": None if model is None else _identity(model),
         "record_id": request.record_id,
         "request_id": request.submission.request_id,
         "metadata": request.submission.metadata,
@@ -176,14 +210,28 @@ def _job_tensors(request: Request) -> tuple[dict[str, Tensor], str]:
 
 
 def waiting(spool: Path) -> Iterator[Path]:
-    """Requests nobody has claimed, oldest writer's first and in their order."""
-    yield from sorted(inbox_of(spool).glob(f"*{SUFFIX}"))
+    """Requests nobody has claimed, oldest writer's first and in their order. Raises `OSError`."""
+    folder = inbox_of(spool)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    yield from (folder / name for name in sorted(names) if name.endswith(SUFFIX) and not name.startswith("."))
 
 
-def claim(spool: Path, writer: str) -> Path | None:
-    """Take one waiting request for `writer`, or None where there is none. Two workers never get the same."""
+def claim(spool: Path, writer: str, but: Container[str] = ()) -> Path | None:
+    """Take one waiting request for `writer`, or None where there is none. Two workers never get the same.
+
+    Args:
+        but: names of requests to leave.
+
+    Raises:
+        OSError: the folders cannot be used now.
+    """
     folder = inbox_of(spool) / "claimed" / writer
     for path in waiting(spool):
+        if path.name in but:
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(path, folder / path.name)
@@ -197,15 +245,41 @@ def read_request(path: Path, model: Model) -> Request:
     """What `put` wrote.
 
     Raises:
+        InputError: it is of another model.
         SaveError: the file is broken.
+        OSError: it cannot be read now.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            manifest: dict[str, Any] = json.loads((file.metadata() or {})["request"])
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _from_manifest(manifest, tensors, model)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        data = path.read_bytes()
+    except IsADirectoryError as error:
+        raise SaveError(f"{str(path)!r} is a folder, expected a request") from error
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        manifest: dict[str, Any] = json.loads(header["__metadata__"]["request"])
+        tensors = from_safetensors(data)
+        stranger = _of_another_model(manifest, tensors, model)
+        if stranger is None:
+            return _from_manifest(manifest, tensors, model)
+    except (SafetensorError, FastattrError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SaveError(f"{str(path)!r} cannot be read as a request: {error!r}") from error
+    raise InputError(f"request {manifest['request_id']!r} {stranger}; start a worker with --model for it")
+
+
+def _identity(model: Model) -> dict[str, str]:
+    return {"name": model.name, "fingerprint": model.fingerprint}
+
+
+def _of_another_model(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model) -> str | None:
+    """Why a request cannot be of this model, or None."""
+    asked = manifest.get("model")  # None where the logger knew of no model
+    if asked is not None and asked["fingerprint"] != model.fingerprint:
+        return f"is of the model {asked['name']!r}; that of {model.name!r} has other sizes or another vocabulary"
+    n_embeddings = model.hf_model.get_input_embeddings().weight.shape[0]
+    for name in ("response_ids", "prompt_ids", "sequence"):
+        ids = tensors.get(name)
+        if ids is not None and ids.numel() and int(ids.max()) >= n_embeddings:
+            return f"holds the token id {int(ids.max())}, and the model {model.name!r} has {n_embeddings} tokens"
+    return None
 
 
 def _from_manifest(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], model: Model) -> Request:
@@ -272,9 +346,28 @@ def hand_back(path: Path, spool: Path) -> bool:
     Returns:
         whether it waits again.
     """
-    record, attempt = path.name.removesuffix(SUFFIX).rsplit(".", 1)
-    tried = int(attempt) + 1
+    record, attempt = parse_name(path)
+    tried = attempt + 1
     folder = inbox_of(spool) if tried < MAX_ATTEMPTS else inbox_of(spool) / "given_up"
     folder.mkdir(parents=True, exist_ok=True)
     os.rename(path, folder / f"{record}.{tried}{SUFFIX}")
     return tried < MAX_ATTEMPTS
+
+
+def parse_name(path: Path) -> tuple[str, int]:
+    """Record id and attempts of a request; a name that somebody else gave it is its id, with no attempts."""
+    name = path.name.removesuffix(SUFFIX)
+    record, _, attempts = name.rpartition(".")
+    return (record, int(attempts)) if record and attempts.isdecimal() and attempts.isascii() else (name, 0)
+
+
+def put_back(path: Path, spool: Path) -> None:
+    """A claim goes back to the inbox as it was, for another worker. Raises `OSError`."""
+    os.rename(path, inbox_of(spool) / path.name)
+
+
+def move_aside(path: Path, spool: Path) -> None:
+    """Keep a request that cannot be explained, for a person to look at. Raises `OSError`."""
+    folder = inbox_of(spool) / "given_up"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.rename(path, folder / path.name)

@@ -377,7 +377,7 @@ class AttributionLogger:
         while True:
             last_try = self._closed.is_set()
             try:
-                inbox.put(self.config, request)
+                inbox.put(self.config, request, self._model)
                 break
             except BaseException as error:
                 self._complaints.say("inbox", "a request for the worker could not be written: %s", error)

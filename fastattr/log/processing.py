@@ -94,8 +94,8 @@ class Processor:
         self._oldest_s = math.inf
         self._retry_s = -math.inf
 
-    def process(self, request: Request) -> None:
-        """Explain one request. Its row waits for `commit`."""
+    def process(self, request: Request) -> bool:
+        """Explain one request; its row waits for `commit`. Returns False where that failed."""
         began_s = time.monotonic()
         try:
             explained = explain(request, self._config, self._model)
@@ -115,16 +115,17 @@ class Processor:
                 type(error).__name__,
                 error,
             )
-            return
+            return False
         finally:
             release(request.job)
         if not kept:
             self._counts.drop("not_low_evidence", request.n_bytes)
-            return
+            return True
         self._pending.append(row)
         self._sequence += 1
         self._oldest_s = min(self._oldest_s, time.monotonic())
         self._counts.explained(request.n_bytes, row.n_bytes, mismatch=explained.mismatch)
+        return True
 
     @property
     def due_s(self) -> float:

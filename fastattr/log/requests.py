@@ -53,7 +53,7 @@ class Submission:
 _SEQUENCES = (list, tuple)
 _ENCODED = (bytes, bytearray, memoryview)
 
-_SHORT_TEXTS_BYTES = 1024  # of a request, too little to count, as its own objects are
+_SHORT_TEXTS_BYTES = 1024  # of a request, part of `counting.REQUEST_BYTES`
 _ID_BYTES = 36  # of an int and its place in a tuple
 
 

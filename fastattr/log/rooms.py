@@ -40,7 +40,11 @@ class Room:
     def spools(self) -> list[Path]:
         """The spool files in it, oldest first. Raises `SaveError`."""
         try:
-            found = [(key[1], key[0], path) for path in self.path.iterdir() if (key := parse_spool_name(path.name))]
+            found = [
+                (key[1], key[0], path)
+                for path in self.path.iterdir()
+                if (key := parse_spool_name(path.name)) and not path.is_dir()  # a folder is not ours
+            ]
         except OSError as error:
             raise _cannot_use(self.path, error) from error
         return [path for _, _, path in sorted(found)]
@@ -100,8 +104,9 @@ def orphans(spool: Path) -> Iterator[Room]:
     One at a time: a room just made by a process that has not locked it yet looks the same, and must not wait for long.
 
     Raises:
-        SaveError: the folder cannot be read.
+        SaveError: the folder cannot be read; or, after all others, a room in it cannot be used.
     """
+    problem: SaveError | None = None
     try:
         paths = sorted((spool / "rooms").iterdir())
     except FileNotFoundError:
@@ -112,9 +117,12 @@ def orphans(spool: Path) -> Iterator[Room]:
         try:
             lock = _take(path) if path.is_dir() and not path.is_symlink() and not _only_damaged(path) else None
         except OSError as error:
-            raise _cannot_use(path, error) from error
+            problem = _cannot_use(path, error)
+            continue
         if lock is not None:
             yield Room(path, lock)
+    if problem is not None:
+        raise problem
 
 
 def is_live(spool: Path, writer: str) -> bool:

@@ -233,14 +233,33 @@ def recover(spool: Path, destination: Destination) -> Recovered:
     """Publish what processes that are gone left in the spool, and remove their rooms.
 
     Raises:
-        SaveError: the spool or the destination does not work; whatever is not published yet stays.
+        SaveError: the spool or the destination does not work, for some of it at least; whatever is not published yet
+            stays, and what can be published is.
     """
     rooms = 0
     published: list[Published] = []
-    for room in orphans(spool):
-        with room:
-            published += [destination.publish(path, room.writer) for path in room.spools()]
-        rooms += 1
+    problems: list[SaveError] = []
+    try:
+        for room in orphans(spool):
+            with room:
+                try:
+                    paths = room.spools()
+                except SaveError as error:
+                    problems.append(error)
+                    continue
+                for path in paths:
+                    try:
+                        published.append(destination.publish(path, room.writer))
+                    except SaveError as error:
+                        if not destination.is_local and os.access(path, os.R_OK):
+                            raise  # a store that does not answer would let each of the others wait in vain
+                        problems.append(error)
+            rooms += 1
+    except SaveError as error:
+        problems.append(error)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise SaveError(f"{problems[0]}{more}") from problems[0]
     return Recovered(
         rooms=rooms,
         segments=sum(each.path is not None for each in published),

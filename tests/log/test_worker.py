@@ -328,10 +328,12 @@ def test_requests_that_fail_are_counted_and_do_not_come_again(
     assert logger.submit_replay(PROMPT, [picture], ids, request_id="sound")
     logger.shutdown()
     stats = explain_all(tmp_path / "dest", model)
-    assert (stats.submitted, stats.written, sum(stats.failed.values())) == (4, 1, 3)
-    assert set(records(tmp_path / "dest")) == {"sound"} and inbox_files(tmp_path / "dest") == []
+    assert (stats.submitted, stats.written, sum(stats.failed.values())) == (3, 1, 2)
+    assert set(records(tmp_path / "dest")) == {"sound"}
+    assert sorted(path.parent.name for path in inbox_files(tmp_path / "dest")) == ["given_up", "given_up", "inbox"]
     tallies = [json.loads(path.read_text()) for path in (tmp_path / "dest" / "writers").iterdir()]
-    assert sorted(sum(each["failed"].values()) for each in tallies) == [0, 3]
+    assert sorted(sum(each["failed"].values()) for each in tallies) == [0, 2]
+    assert explain_all(tmp_path / "dest", model).submitted == 0
 
 
 def test_requests_that_cannot_be_read_or_written_are_counted(
@@ -355,7 +357,11 @@ def test_requests_that_cannot_be_read_or_written_are_counted(
         sound.with_name(f"{name}.0.request").write_bytes(content)
     stats = explain_all(tmp_path / "dest", model)
     assert (stats.submitted, stats.written, sum(stats.failed.values())) == (6, 1, 5)
-    assert set(records(tmp_path / "dest")) == {"sound"} and inbox_files(tmp_path / "dest") == []
+    assert set(records(tmp_path / "dest")) == {"sound"}
+    aside = {path.name: path.read_bytes() for path in inbox_files(tmp_path / "dest")}
+    assert aside == {f"{name}.0.request": content for name, content in broken.items()}
+    assert {path.parent.name for path in inbox_files(tmp_path / "dest")} == {"given_up"}
+    assert explain_all(tmp_path / "dest", model).submitted == 0
 
 
 def test_a_spool_that_no_logger_has_used_is_told(tmp_path: Path) -> None:
