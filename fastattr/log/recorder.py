@@ -79,8 +79,12 @@ class Recorder:
             self._spool = SpoolWriter(self._room.path / spool_name(today, self._spool_number))
             self._spool_number += 1
             self._spool_began_s = time.monotonic()
-        self._spool.append(rows)
-        self._spool.sync()
+        try:
+            self._spool.append(rows)
+            self._spool.sync()
+        except BaseException:
+            self._spool.take_back()
+            raise
 
     def tick(self) -> None:
         """Hand over a spool file that is large or old enough, and see how full the spool is."""

@@ -105,15 +105,17 @@ class SpoolWriter:
             os.fsync(self._file)
             if self._durable == (0, 0):
                 sync_folder(self.path.parent)
-        except BaseException as error:
-            self.n_bytes, self.n_rows = self._durable
-            self._torn = True
-            with suppress(OSError):
-                self._cut()
-            if isinstance(error, OSError):
-                raise _cannot_write(self.path, error) from error
-            raise
+        except OSError as error:
+            self.take_back()
+            raise _cannot_write(self.path, error) from error
         self._durable = (self.n_bytes, self.n_rows)
+
+    def take_back(self) -> None:
+        """Forget every frame since the last `sync`: what is reported as failed must not be found later."""
+        self.n_bytes, self.n_rows = self._durable
+        self._torn = True
+        with suppress(OSError):  # else the next append tries again
+            self._cut()
 
     def close(self) -> None:
         """Close the file; without `sync`."""

@@ -107,7 +107,7 @@ class _Worker:
         """
         path = self._next()
         if path is not None:
-            self._explain(path)
+            _explain(self, path)
         if self._claimed and (path is None or len(self._claimed) >= CLAIMS or self._processor.due_s <= 0):
             if self._processor.commit():
                 self._finished += self._claimed
@@ -154,35 +154,6 @@ class _Worker:
                 return path
         return inbox.claim(self._spool, self._writer, self._others)
 
-    def _explain(self, path: Path) -> None:
-        try:
-            request = inbox.read_request(path, self._model)
-        except InputError as error:
-            self.complaints.say("model", "a request is left in the inbox: %s", error)
-            self._others.add(path.name)
-            self._later.pop(path, None)
-            inbox.put_back(path, self._spool)
-            return
-        except SaveError as error:
-            self._later.pop(path, None)
-            self._counts.accept(Change(submitted=1, in_flight=1), sys.maxsize)
-            self._counts.fail(type(error).__name__, 0)
-            self.complaints.say("read", "a request is given up: %s", error)
-            self._give_up(path)
-            return
-        except (OSError, MemoryError) as error:
-            before = self._later.get(path, _Later())
-            pause_s = min(2 * before.pause_s, RETRY_S[1])
-            self._later[path] = _Later(before.tries + 1, pause_s, time.monotonic() + pause_s)
-            self.complaints.say("later", "a request cannot be read now and is tried again: %s", error)
-            return
-        self._later.pop(path, None)
-        self._counts.accept(Change(submitted=1, in_flight=1, queue_bytes=request.n_bytes), sys.maxsize)
-        if self._processor.process(request):
-            self._claimed.append(path)
-        else:
-            self._give_up(path)
-
     def _give_up(self, path: Path) -> None:
         """Only moved: what could not be explained here may be, by a later version or with more memory."""
         self._finished.append(path)
@@ -205,6 +176,36 @@ class _Worker:
         if taken_over:
             self._said(f"{taken_over} requests of a worker that died")
         return taken_over
+
+
+def _explain(worker: _Worker, path: Path) -> None:
+    try:
+        request = inbox.read_request(path, worker._model)
+    except InputError as error:
+        worker.complaints.say("model", "a request is left in the inbox: %s", error)
+        worker._others.add(path.name)
+        worker._later.pop(path, None)
+        inbox.put_back(path, worker._spool)
+        return
+    except SaveError as error:
+        worker._later.pop(path, None)
+        worker._counts.accept(Change(submitted=1, in_flight=1), sys.maxsize)
+        worker._counts.fail(type(error).__name__, 0)
+        worker.complaints.say("read", "a request is given up: %s", error)
+        worker._give_up(path)
+        return
+    except (OSError, MemoryError) as error:
+        before = worker._later.get(path, _Later())
+        pause_s = min(2 * before.pause_s, RETRY_S[1])
+        worker._later[path] = _Later(before.tries + 1, pause_s, time.monotonic() + pause_s)
+        worker.complaints.say("later", "a request cannot be read now and is tried again: %s", error)
+        return
+    worker._later.pop(path, None)
+    worker._counts.accept(Change(submitted=1, in_flight=1, queue_bytes=request.n_bytes), sys.maxsize)
+    if worker._processor.process(request):
+        worker._claimed.append(path)
+    else:
+        worker._give_up(path)
 
 
 @dataclass(frozen=True)
