@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastattr")
 
 BACK_OFF_S = (0.05, 5.0)  # first and longest pause after unexpected exceptions on the thread
+OUTAGE_S = 10.0  # requests for a worker wait this long for a disk that refuses them
 
 _GIVEN_WHOLE = (Captured, Made)  # written once: a union takes longer to make than to ask
 
@@ -117,6 +118,7 @@ class AttributionLogger:
         self._telemetry: Telemetry | None = None
         self._writer = new_writer()
         self._complaints = Complaints()
+        self._refused_s = math.inf  # when the inbox began to refuse requests
 
     @property
     def buffer(self) -> StateBuffer:
@@ -372,14 +374,17 @@ class AttributionLogger:
             processor.process(request)
 
     def _hand_over(self, request: Request) -> None:
-        """Write a request for the worker; where the disk refuses, again and again until shutdown."""
+        """Write a request for the worker, again and again where the disk refuses, but not for ever: others wait."""
         pause_s = BACK_OFF_S[0]
         while True:
-            last_try = self._closed.is_set()
+            now_s = time.monotonic()
+            last_try = self._closed.is_set() or now_s - min(self._refused_s, now_s) > OUTAGE_S
             try:
                 inbox.put(self.config, request, self._model)
+                self._refused_s = math.inf
                 break
             except BaseException as error:
+                self._refused_s = min(self._refused_s, now_s)
                 self._complaints.say("inbox", "a request for the worker could not be written: %s", error)
                 if last_try or not isinstance(error, OSError | SaveError | MemoryError):
                     self._counts.fail(type(error).__name__, request.n_bytes)
