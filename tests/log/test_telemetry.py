@@ -71,7 +71,7 @@ from tests.log.test_telemetry import Logger
 
 busy = Logger(submitted=10, written=5, dropped={"queue_full": 3, "sampled": 1}, failed={"redact": 1}, queue_bytes=4096)
 other = Logger(submitted=1, in_flight=1, dropped={"sampled": 0}, capture_mismatches=2, queue_bytes=100,
-               handed_over=4, callback_errors=6)
+               handed_over=4, callback_errors=6, thread_errors=2)
 told = Telemetry(busy.stats, "s3://key:secret@bucket/attr")
 also = Telemetry(other.stats, "runs/attr")  # before an SDK is there, and a second one in the same process
 assert caller() is None
@@ -225,6 +225,7 @@ def test_metrics_are_the_sum_over_the_loggers_of_the_process(received: dict[str,
         "fastattr.log.handed_over": {None: 4},
         "fastattr.log.capture_mismatches": {None: 2},
         "fastattr.log.callback_errors": {None: 6},
+        "fastattr.log.thread_errors": {None: 2},
         "fastattr.log.queue_size": {None: 4196},
         "fastattr.log.in_flight": {None: 1},
     }
