@@ -98,7 +98,9 @@ def load(path: str | Path) -> Attribution:
             manifest: Any = json.loads(stored)
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise SaveError(f"{str(path)!r} cannot be read as an attribution: {error}") from error
+        raise SaveError(
+            f"{str(path)!r} cannot be read as an attribution: {error}; expected a .safetensors file that Attribution.save wrote"
+        ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise SaveError(f"{str(path)!r} has format {found}, this version reads {FORMAT}; use a matching fastattr")

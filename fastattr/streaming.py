@@ -14,7 +14,7 @@ from torch import Tensor
 from fastattr import ops
 from fastattr.arc import rank, rank_and_score
 from fastattr.chat import Chat, Messages, Prompt, read_prompt, text_of
-from fastattr.config import AnyConfig, ConfigChanges, configure, refuse_compat
+from fastattr.config import AnyConfig, ConfigChanges, configure, name_of, refuse_compat
 from fastattr.errors import InputError
 from fastattr.images import ImageLike, Visual
 from fastattr.maps import check_finite, check_ids, image_activations, is_degenerate, log_prob_of
@@ -158,8 +158,8 @@ def check_streamable(config: AttributionConfig) -> None:
     """Raises `InputError` where a configuration needs the whole response, or is for `attribute_states` alone."""
     if config.regions:
         raise InputError(
-            f"regions={config.regions} needs the whole response; stream with regions=0, or with another method than best, "
-            "or use attribute"
+            f"{name_of(config)} needs the whole response (regions={config.regions}), so it cannot be explained token by token; "
+            "use another method, such as arc, or explain the finished response"
         )
     refuse_compat(config)
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,20 @@ def explaining(model: Model) -> Iterator[None]:
         yield
 
 
+def _check_name(name: str) -> None:
+    """Raises `InputError` for a misspelt bundled model or a missing directory, before the hub is asked."""
+    if name in BUNDLED or Path(name).exists():
+        return
+    meant = get_close_matches(name, BUNDLED)
+    if meant:
+        raise InputError(f"there is no model {name!r}; did you mean {meant[0]!r}?")
+    if name.startswith(("/", ".", "~")) or "\\" in name:
+        raise InputError(
+            f"no model can be loaded from {name!r}, expected {', '.join(BUNDLED)}, a directory written by save_pretrained, or a "
+            "hub id: there is no such directory"
+        )
+
+
 def load(
     name: str | Path = "shapes",
     *,
@@ -250,6 +265,7 @@ def load(
         raise InputError(f"device is {str(device)!r} and device_map is {device_map!r}, expected one of them")
     source = BUNDLED.get(str(name), name)
     bundled = source is not name
+    _check_name(str(name))
     measured = Path(source, CALIBRATION_FILE)
     calibration = read_calibration(measured) if measured.is_file() else None
     if device is None and device_map is None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import webbrowser
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -147,7 +147,7 @@ def explain(
         typer.Option(
             "--method",
             "--methods",
-            help="lens, tam, arc or best, with scales as in tam@1+1.5+2. Repeat it for several methods; the first is printed. "
+            help="lens, tam, arc or best, with scales as in tam@1+1.5+2; several are comma-separated, the first is printed. "
             "By default arc; best has the most exact maps and takes 50 more forwards per picture.",
         ),
     ] = None,
@@ -165,9 +165,12 @@ def explain(
         raise InputError("got no image, expected IMAGE... or --messages whose parts hold them")
     shown = [_frames(path) if path.is_dir() else path for path in images] if images else None
     asked = _read_messages(messages) if messages is not None else DEFAULT_PROMPT if prompt is None else prompt
-    configs = [chosen_config(name, scales, {"backend": backend.value}) for name in method or ["arc"]]
+    names = [name.strip() for given in method or ["arc"] for name in given.split(",") if name.strip()]
+    configs = [chosen_config(name, scales, {"backend": backend.value}) for name in names]
+    if model == "shapes":
+        print("shapes, the bundled model, knows drawn shapes only; use --model for photographs", file=sys.stderr)
     if live:
-        if response is not None or len(method or ()) > 1:
+        if response is not None or len(configs) > 1:
             raise InputError(
                 "--live shows one method while the model answers; leave out --response and further methods"
             )
@@ -421,7 +424,8 @@ def _frames(folder: Path) -> list[Path]:
     )
 
 
-def _read_messages(path: Path) -> Messages | fastattr.Chat:
+def _read_messages(path: Path) -> fastattr.Chat:
+    """A conversation from a JSON file. Raises `InputError`."""
     try:
         messages = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -433,10 +437,31 @@ def _read_messages(path: Path) -> Messages | fastattr.Chat:
                 f"{str(path)!r} holds {', '.join(messages) or 'nothing'}, expected messages, and optionally tools and "
                 "template_options"
             )
-        return fastattr.Chat(**messages)
+        return _beside(path, fastattr.Chat(**messages))
     if not isinstance(messages, list):
         raise InputError(f"{str(path)!r} holds {type(messages).__name__}, expected a list of messages")
-    return messages
+    return _beside(path, fastattr.Chat(messages))
+
+
+def _beside(path: Path, chat: fastattr.Chat) -> fastattr.Chat:
+    """The conversation with relative paths of pictures resolved against the folder of its file."""
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolved(each) for each in value]
+        is_path = isinstance(value, str) and "://" not in value and not value.startswith("data:")
+        return str(path.parent / value) if is_path else value
+
+    def with_paths(content: Any) -> Any:
+        if not isinstance(content, list | tuple):
+            return content
+        return [
+            {key: resolved(value) if key == part["type"] != "text" else value for key, value in part.items()}
+            for part in content
+        ]
+
+    messages = [{**message, "content": with_paths(message.get("content"))} for message in chat.messages]
+    return replace(chat, messages=messages)
 
 
 def _workers(device: str) -> int:

@@ -61,11 +61,11 @@ def write(explained: list[fastattr.Attribution], out: Path) -> None:
     from fastattr.storage import whole_file
 
     first, *others = explained
-    if out.suffix == ".html":
+    if out.suffix.lower() == ".html":
         first.to_html(out, others=others)
-    elif out.suffix == ".safetensors":
+    elif out.suffix.lower() == ".safetensors":
         first.save(out)
-    elif out.suffix == ".png":
+    elif out.suffix.lower() == ".png":
         first.to_png(out)
     else:
         with whole_file(out) as file:
@@ -76,9 +76,9 @@ def check_output(out: Path, n_methods: int = 1) -> None:
     """Raises `SaveError` or `InputError` where `write` could not write attributions by so many methods to `out`."""
     from fastattr.storage import check_writable
 
-    if out.suffix not in (".html", ".safetensors", ".png", ".json"):
+    if out.suffix.lower() not in (".html", ".safetensors", ".png", ".json"):
         raise SaveError(f"{str(out)!r} ends in {out.suffix!r}, expected .html, .safetensors, .png or .json")
-    if n_methods > 1 and out.suffix != ".html":
+    if n_methods > 1 and out.suffix.lower() != ".html":
         raise InputError(f"{str(out)!r} holds one method; got {n_methods}. Only .html shows several")
     check_writable(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -87,10 +88,10 @@ def test_explain_writes_every_format(
 
 
 def test_several_methods_make_one_report(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("explain", picture, "--response", "a circle", "--scales", "1", "--method", "arc", "--method", "tam")
-    assert run(monkeypatch, *words, "--out", tmp_path / "x.html") == 0
-    page = (tmp_path / "x.html").read_text()
-    assert "arc" in page and "tam" in page
+    words = ("explain", picture, "--response", "a circle", "--scales", "1", "--method", "arc,tam", "--method", "lens")
+    assert run(monkeypatch, *words, "--out", tmp_path / "x.HTML") == 0
+    page = (tmp_path / "x.HTML").read_text()
+    assert "arc" in page and "tam" in page and "lens" in page
     assert run(monkeypatch, *words, "--out", tmp_path / "x.png") == 2
 
 
@@ -130,6 +131,9 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             ("explain", "{picture}", "--model", "no-such-folder/model"),
             "no model can be loaded from 'no-such-folder/model'",
         ),
+        (("explain", "{picture}", "--model", "./nowhere"), "a hub id: there is no such directory"),
+        (("explain", "{picture}", "--model", "shape"), "there is no model 'shape'; did you mean 'shapes'?"),
+        (("show", "{picture}"), "expected a .safetensors file that Attribution.save wrote"),
         (("explain", "{picture}", "--prompt", " "), "the prompt is ' ', expected some text"),
         (("explain", "{picture}", "--out", "missing/x.html", "--response", "a"), "'missing/x.html' cannot be written"),
         (("show", "missing.safetensors"), "'missing.safetensors' is not a file"),
@@ -148,7 +152,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         (("eval", "nowhere"), "there is no dataset 'nowhere'"),
         (("demo", "--out", "missing/x.html"), "'missing/x.html' cannot be written"),
         (("demo", "--out", "x.png"), "'x.png' holds one method; got 4"),
-        (("worker", "missing"), "give the spool directory that a logger uses"),
+        (("worker", "missing", "--model", "shapes"), "give the spool directory that a logger uses"),
         (("bench", "--out", "missing/x.jsonl"), "'missing/x.jsonl' cannot be written"),
     ],
 )
@@ -271,6 +275,28 @@ def test_wrong_requests_are_refused_before_a_model_is_loaded(
     chosen = [word.format(picture=picture, folder=tmp_path) for word in words]
     assert run(monkeypatch, "explain", *chosen, *(["--live"] if live else [])) == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pictures_of_a_conversation_lie_beside_its_file(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Relative paths, whatever the working directory; other ways to give a picture are unchanged."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    maps = []
+    for part in (
+        {"type": "image", "image": picture.name},
+        {"type": "image_url", "image_url": {"url": picture.name}},
+        {"type": "image", "path": str(picture)},
+        {"type": "image", "base64": base64.b64encode(picture.read_bytes()).decode()},
+    ):
+        told = tmp_path / "chat.json"
+        told.write_text(json.dumps([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]))
+        out = tmp_path / "x.json"
+        assert run(monkeypatch, "explain", "--messages", told, "--response", "a", "--scales", "1", "--out", out) == 0
+        assert "knows drawn shapes only; use --model" in capsys.readouterr().err
+        maps.append(json.loads(out.read_text())["tokens"])
+    assert all(each == maps[0] for each in maps)
 
 
 def test_a_conversation_with_a_byte_order_mark(tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,7 +270,7 @@ def test_models_of_one_scale(family: str, name: str) -> None:
 
 
 def test_configurations_that_a_stream_refuses(unread: fastattr.Model) -> None:
-    with pytest.raises(InputError, match="regions=6 needs the whole response; stream with regions=0"):
+    with pytest.raises(InputError, match=r"best needs the whole response \(regions=6\)"):
         fastattr.stream(unread, SCENE.image, PROMPT, [5], "best")
     with pytest.raises(InputError, match="compat='tam' is for attribute_states"):
         fastattr.stream(unread, SCENE.image, PROMPT, [5], "tam", compat="tam")
@@ -330,7 +330,7 @@ def test_configurations_that_attribute_states_refuses(config: str, changes: Any,
         ),
         (("explain", "{picture}", "--method", "arc", "--method", "tam@x"), "the scales of 'tam@x' are 'x'"),
         (("explain", "{picture}", "--method", "tam@1", "--scales", "1"), "'tam@1' names its scales"),
-        (("explain", "{picture}", "--live", "--method", "best"), "regions=6 needs the whole response"),
+        (("explain", "{picture}", "--live", "--method", "best"), "best needs the whole response (regions=6)"),
         (("eval", "scenes", "--methods", "tam,gradcam"), "there is no method 'gradcam'"),
         (("batch", "in.jsonl", "--out", "out", "--method", "gradcam"), "there is no method 'gradcam'"),
         (("batch", "in.jsonl", "--out", "out", "--scales", "0"), "scales holds 0.0"),
