@@ -219,15 +219,19 @@ def _share(own: _OwnTexts, start: int, stop: int, text: str, at: int) -> list[Sp
         for decoded in upto:
             length += len(decoded) - len(before)
             before = decoded
-            end = decoded[-2:]  # only the last character may be incomplete
-            whole = length - len(end) + _common(end, text[max(0, length - len(end)) : length])
+            n_broken = len(decoded) - len(decoded.rstrip(_BROKEN))
+            if n_broken > 1:  # some decoders write one for each byte of an incomplete character
+                whole = length - n_broken
+            else:
+                end = decoded[-2:]
+                whole = length - len(end) + _common(end, text[max(0, length - len(end)) : length])
             begun = whole < length
             whole = min(max(known, whole), len(text))
             span = (known, min(whole + begun, len(text)))
             if span[0] == span[1] and text[:known].endswith(_BROKEN):
                 span = (known - 1, known)
             spans.append(span)
-            known = whole
+            known = max(known, whole)
     spans[-1] = (spans[-1][0], len(text))
     return [(at + first, at + last) for first, last in spans]
 

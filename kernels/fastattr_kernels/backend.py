@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -54,12 +55,14 @@ def architecture(device: torch.device) -> str:
 
 
 def on_device_of(index: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Launch on the GPU that holds positional argument `index`; Triton itself launches on the current one."""
+    """Launch on the GPU that holds argument `index`; Triton itself launches on the current one."""
 
     def decorate(launch: Callable[P, R]) -> Callable[P, R]:
+        name = list(inspect.signature(launch).parameters)[index]
+
         @wraps(launch)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            held = args[index]
+            held = args[index] if len(args) > index else kwargs[name]
             assert isinstance(held, Tensor)
             with torch.cuda.device_of(held):
                 return launch(*args, **kwargs)

@@ -18,7 +18,7 @@ import ray.data
 from fastattr import AttributionConfig
 from fastattr.batch import RayExplainer, ray_engine, run
 
-LENS = AttributionConfig(method="lens", scales=(1.0,), evidence=False)
+LENS = AttributionConfig(method="lens", scales=(1.0,), filter=False, evidence=False)
 
 
 def main(source: str, out: str, flag: str) -> None:

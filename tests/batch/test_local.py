@@ -37,7 +37,7 @@ from tests.batch.scenes import (
 )
 from tests.batch.scenes import run as run_command
 
-LENS = AttributionConfig(method="lens", scales=(1.0,), evidence=False)
+LENS = AttributionConfig(method="lens", scales=(1.0,), filter=False, evidence=False)
 N_KILLS, SEED = 3, 20261123
 
 

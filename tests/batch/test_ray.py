@@ -31,7 +31,8 @@ def test_a_cluster_whose_worker_is_killed(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr[-4000:]
     told = json.loads(ran.stdout.splitlines()[-1])
     assert told["killed"]
-    assert told["job"] == {"outcome": "done", "total": 30, "written": 30, "failed": 0, "left": 0, "earlier": 0}
+    counts = {"total": 30, "written": 30, "failed": 0, "left": 0, "earlier": 0, "litter": 0}
+    assert told["job"] == {"outcome": "done", **counts, "reasons": []}
     assert told["again"] == {**told["job"], "earlier": 30}
     assert sorted(records(out)["request_id"].to_pylist()) == sorted(f"scene-{k}" for k in range(30))
     assert failures(out) == {} and examine(out).healthy

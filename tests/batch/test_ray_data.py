@@ -19,7 +19,7 @@ from fastattr.log.record import from_batch
 from fastattr.log.schema import SCHEMA
 from tests.batch.scenes import ANSWER, PROMPT, UNEQUAL, png, records, write_parquet
 
-LENS = AttributionConfig(method="lens", scales=(1.0,), evidence=False)
+LENS = AttributionConfig(method="lens", scales=(1.0,), filter=False, evidence=False)
 GOOD = {"id": "good", "image": png(), "prompt": PROMPT, "response": ANSWER}
 
 

@@ -163,7 +163,7 @@ def test_messages_that_hold_their_pictures(tmp_path: Path) -> None:
         ([parts[0], {"type": "image"}], "1 of 2 picture parts hold no picture"),
         ([{"type": "image"}], "neither image nor images"),
         ([{**parts[0], "max_pixel": 1}], "with the key 'max_pixel'"),
-        ([{"type": "image", "url": "file://server/b.png"}], "names a file of 'server'"),
+        ([{"type": "image", "url": "file://server/b.png"}], "it names a host"),
     ):
         asked = [{"role": "user", "content": [*bad, {"type": "text", "text": "What?"}]}]
         (fault,) = read(write_jsonl(tmp_path / "b.jsonl", [{"id": "a", "messages": asked}]))

@@ -102,7 +102,8 @@ def test_a_folder_is_a_video_and_messages_a_conversation(
     ("content", "told"),
     [
         (None, "cannot be read as a conversation in JSON"),
-        ("{}", "holds dict, expected a list"),
+        ("{}", "holds nothing, expected messages"),
+        ("3", "holds int, expected a list"),
         ("[1", "cannot be read"),
     ],
 )

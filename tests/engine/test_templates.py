@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 import fastattr
 from fastattr import Chat, adapters
+from fastattr.batch.reach import reach_of
 from fastattr.batch.sources import Fields, to_row
 from fastattr.images import read_visuals
 from fastattr.log.requests import from_json, to_json
@@ -245,10 +246,10 @@ def test_options_are_the_chats_own() -> None:
 @pytest.mark.parametrize("asked", [{"prompt": "What is red?"}, {"messages": [ASKED]}])
 def test_rows_hold_options(asked: dict[str, Any], written: Any) -> None:
     values = {"image": b"png", "response": ANSWER, "template_options": written, **asked}
-    row = to_row(values, Fields(), number=0, id="a", place="here", base="")
+    row = to_row(values, Fields(), number=0, id="a", place="here", reach=reach_of(None))
     assert isinstance(row.prompt, Chat) and dict(row.prompt.template_options) == {"enable_thinking": False}
     assert row.prompt.n_pictures == 1
-    plain = to_row({**values, "template_options": None}, Fields(), number=0, id="a", place="here", base="")
+    plain = to_row({**values, "template_options": None}, Fields(), number=0, id="a", place="here", reach=reach_of(None))
     assert not isinstance(plain.prompt, Chat) or not plain.prompt.template_options
 
 
@@ -258,7 +259,7 @@ def test_rows_hold_options(asked: dict[str, Any], written: Any) -> None:
 def test_rows_with_broken_options(wrong: Any, told: str) -> None:
     values = {"image": b"png", "prompt": "a", "template_options": wrong}
     with pytest.raises(fastattr.InputError, match=told):
-        to_row(values, Fields(), number=0, id="a", place="here", base="")
+        to_row(values, Fields(), number=0, id="a", place="here", reach=reach_of(None))
 
 
 def test_messages_of_the_command_line(tmp_path: Path) -> None:

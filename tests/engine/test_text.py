@@ -152,6 +152,13 @@ def test_a_space_between_bytes_belongs_to_its_own_token() -> None:
     assert found.tokens[-2:] == (" ", "0")
 
 
+def test_bytes_beside_a_token_that_is_the_replacement_character() -> None:
+    ids = [259, 243, 147, 131, 131, 51, 260]  # four bytes of one character, the byte of 0, U+FFFD as a token
+    found = decode_tokens(ids, decode_with(tokenizer_of("byte_fallback")))
+    assert found.text == whole("byte_fallback", ids) == "\U000100000\ufffd"
+    assert found.spans == ((0, 0), (0, 1), (0, 1), (0, 1), (0, 1), (1, 2), (2, 3))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
