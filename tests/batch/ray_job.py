@@ -28,11 +28,9 @@ def main(source: str, out: str, flag: str) -> None:
     job = run(source, out, engine=engine, **options)
     again = run(source, out, engine=engine, **options)
     rows = [json.loads(line) for line in Path(source).read_text().splitlines()][1:4]
-    for row in rows:
-        row["image"] = str(Path(source).parent / row["image"])
     rows[1]["image"] = "none.png"
     ray.data.DataContext.get_current().enable_progress_bars = False
-    given = {"attribution": LENS}
+    given = {"attribution": LENS, "folder": str(Path(source).parent)}
     explained = ray.data.from_items(rows).map_batches(
         RayExplainer, fn_constructor_kwargs=given, batch_format="pyarrow", batch_size=2, concurrency=1
     )

@@ -273,7 +273,7 @@ def test_messages_of_the_command_line(tmp_path: Path) -> None:
     )
     assert _read_messages(file) == Chat([ASKED], [{"name": "measure"}], {"enable_thinking": False})
     file.write_text(json.dumps([ASKED]))
-    assert _read_messages(file) == [ASKED]
+    assert _read_messages(file) == Chat([ASKED])
     file.write_text(json.dumps({"messages": [ASKED], "options": {}}))
     with pytest.raises(fastattr.InputError, match="holds messages, options, expected messages"):
         _read_messages(file)

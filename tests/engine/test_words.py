@@ -68,6 +68,8 @@ def test_words_of_many_scripts(text: str, expected: list[str]) -> None:
         ("(red)", "red", ["red"]),
         ("a (red) b", "(red)", ["(red)"]),
         ("red_circle", "red", []),
+        ("a _red_ b", "red", ["red"]),
+        ("a __red circle__", "red circle", ["red circle"]),
         ("T-shirt", "shirt", ["shirt"]),
     ],
 )
